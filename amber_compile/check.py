@@ -1,0 +1,96 @@
+"""Run dense and sparse side by side and measure what sparsity changes (``check=True``).
+
+At each site the dense product is computed from the same input that the selection reads:
+
+    error = ‖Y - Y'‖₂ / ‖Y‖₂       Y = x Wᵀ,  Y' = select(x) Wᵀ       (Amber Pruner, section 3)
+
+and at the end the outputs of the whole dense graph are compared with those of the rewritten one.
+Tensors that are no parameters (caches among them) are copied first: a check leaves no trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
+
+from .binding import Compiled
+from .report import GraphReport
+from .rewrite import Rewritten
+
+
+class Checked:
+    """A compiled graph that measures itself against the dense one on its first call.
+
+    Args:
+        compiled: the rewritten graph, compiled.
+        dense: the graph as Dynamo traced it.
+        sparse: an uncompiled rewritten copy of it.
+        report: where the errors go.
+    """
+
+    def __init__(
+        self, compiled: Compiled, dense: GraphModule, sparse: Rewritten, report: GraphReport
+    ) -> None:
+        self._compiled = compiled
+        self._pending: tuple[GraphModule, Rewritten] | None = (dense, sparse)
+        self._report = report
+
+    def __call__(self, *arguments: Any) -> Any:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._measure(*pending, arguments)
+        return self._compiled(*arguments)
+
+    def _measure(self, dense: GraphModule, sparse: Rewritten, arguments: Sequence[Any]) -> None:
+        own = len(arguments) - len(sparse.derived)
+        with torch.no_grad():
+            expected = Interpreter(dense).run(*_copies(arguments[:own]))
+            runner = _SideBySide(sparse)
+            actual = runner.run(*_copies(arguments))
+        self._report.output_error = _relative_error(tree_leaves(expected), tree_leaves(actual))
+        for site in self._report.sites:
+            site.error = runner.errors.get(site.name)
+
+
+class _SideBySide(Interpreter):
+    """Run a rewritten graph; at each site, compute the dense product as well."""
+
+    def __init__(self, rewritten: Rewritten) -> None:
+        super().__init__(rewritten.gm, garbage_collect_values=False)
+        self._sites = {site.node: (site, selected) for site, selected in rewritten.sites}
+        self.errors: dict[str, float] = {}
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n in self._sites:
+            site, selected = self._sites[n]
+            kept, self.env[selected] = self.env[selected], self.env[site.x]
+            expected = super().run_node(n)
+            self.env[selected] = kept
+            error = _relative_error([expected], [result])
+            self.errors[site.name] = max(error, self.errors.get(site.name, 0.0))
+        return result
+
+
+def _copies(arguments: Sequence[Any]) -> list[Any]:
+    return [
+        value.clone()
+        if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
+        else value
+        for value in arguments
+    ]
+
+
+def _relative_error(expected: Sequence[Any], actual: Sequence[Any]) -> float:
+    pairs = [
+        (a.double(), b.double())
+        for a, b in zip(expected, actual, strict=True)
+        if isinstance(a, torch.Tensor) and a.is_floating_point()
+    ]
+    difference = sum(float((a - b).square().sum()) for a, b in pairs)
+    size = sum(float(a.square().sum()) for a, _ in pairs)
+    return (difference / size) ** 0.5 if size else float(difference > 0)

@@ -1,0 +1,137 @@
+"""The rule that decides which projections to sparsify where no plan does.
+
+A projection's *role* comes from its name (``presets/roles.json``), the choice from its role and
+layer (Amber Pruner, arXiv 2508.02128, layer skipping): down_proj always; q_proj and gate_proj
+except in the layers that the paper lists for a model (``presets/paper.json``, recognised by its
+shapes); everything else never.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from importlib import resources
+from typing import Any
+
+from .config import AmberConfig
+from .projection import Projection
+from .settings import Settings
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ModelPreset:
+    """A model of the paper: how to recognise it, and where q and gate stay dense."""
+
+    name: str
+    layers: int
+    shapes: Mapping[str, tuple[int, ...]]
+    vocabulary: int
+    dense_layers: frozenset[int]
+
+    def matches(self, sites: Shapes, parameters: Iterable[tuple[int, ...]]) -> bool:
+        """Whether projections ``sites`` and all parameter shapes are those of this model."""
+        found: dict[str, set[tuple[int, ...]]] = {}
+        layers = set()
+        for name, shape in sites.items():
+            found.setdefault(role_of(name), set()).add(shape)
+            layers.add(layer_of(name))
+        return (
+            len(layers - {None}) == self.layers
+            and all(found.get(role) == {shape} for role, shape in self.shapes.items())
+            and any(len(shape) == 2 and shape[0] == self.vocabulary for shape in parameters)
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the options say about a projection: ``skip``, then ``projections``, then the roles."""
+
+    config: AmberConfig
+    preset: ModelPreset | None = None
+
+    def choose(self, projection: Projection) -> Settings | str:
+        """Return how ``projection`` is sparsified, or why it stays dense."""
+        name = projection.name
+        for pattern in self.config.skip:
+            if fnmatchcase(name, pattern):
+                return f"skip={pattern!r}"
+        if self.config.projections is not None:
+            if any(fnmatchcase(name, pattern) for pattern in self.config.projections):
+                return self._settings(name)
+            return f"not among projections={list(self.config.projections)}"
+        reason = self._why_dense(projection)
+        if reason is None and role_of(name) in _roles()["fused gate"]:
+            return replace(self._settings(name), part="gate")
+        return reason or self._settings(name)
+
+    def _settings(self, name: str) -> Settings:
+        settings = self.config.settings
+        if role_of(name).startswith("expert") and settings.score == "robust_norm":
+            return replace(settings, score="weight_norm")  # tokens are routed: no Robust-Norm
+        return settings
+
+    def _why_dense(self, projection: Projection) -> str | None:
+        data, role, layer = _roles(), role_of(projection.name), layer_of(projection.name)
+        if role in data["fused gate"]:
+            role = "gate" if projection.gate_rows else role
+        if role in data["dense"]:
+            return f"rule: {data['dense'][role]}"
+        if role not in data["sparse"]:
+            return "rule: the name says no role; list it in projections= to sparsify it"
+        layered = role in data["skippable"]
+        if layered and self.preset and layer in self.preset.dense_layers:
+            return f"rule: the paper keeps q and gate of layer {layer} of {self.preset.name} dense"
+        return None
+
+
+def find_preset(sites: Shapes, parameters: Iterable[tuple[int, ...]]) -> ModelPreset | None:
+    """Return the model of the paper that has these shapes, if it is one."""
+    parameters = list(parameters)
+    return next((preset for preset in _presets() if preset.matches(sites, parameters)), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def role_of(name: str) -> str:
+    """Return the role of a projection by its qualified name, or ``"unknown"``."""
+    for pattern, role in _roles()["names"]:
+        if fnmatchcase(f".{name}", pattern):
+            return str(role)
+    return "unknown"
+
+
+def layer_of(name: str) -> int | None:
+    """Return the first number between the dots of a qualified name: the layer."""
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(match[1]) if match else None
+
+
+@functools.cache
+def _roles() -> dict[str, Any]:
+    data: dict[str, Any] = _read("roles.json")
+    return data
+
+
+@functools.cache
+def _presets() -> tuple[ModelPreset, ...]:
+    return tuple(
+        ModelPreset(
+            name=entry["name"],
+            layers=entry["layers"],
+            shapes={role: tuple(shape) for role, shape in entry["shapes"].items()},
+            vocabulary=entry["vocabulary"],
+            dense_layers=frozenset(entry["dense_layers"]),
+        )
+        for entry in _read("paper.json")["models"]
+    )
+
+
+def _read(name: str) -> dict[str, Any]:
+    text = resources.files("amber_compile").joinpath("presets", name).read_text("utf-8")
+    data: dict[str, Any] = json.loads(text)
+    return data

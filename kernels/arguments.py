@@ -1,0 +1,75 @@
+"""What the operators accept, and the errors for what they do not.
+
+Sizes may be symbolic while a graph is traced. A rule about such a size is left to run time, so
+that no rule puts a guard on the graph.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from amber_compile.errors import OptionError, choices
+from amber_compile.pattern import Pattern
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CORRECTIONS = ("norm", "variance")
+
+
+def check_selection(
+    x: torch.Tensor,
+    factor: torch.Tensor | None,
+    n: int,
+    m: int,
+    correction: str | None,
+    dense_prefix: int,
+    min_tokens: int,
+) -> None:
+    """Raise ``OptionError`` unless N of every M channels of ``x`` can be selected."""
+    Pattern(n, m)
+    if x.dim() == 0:
+        raise OptionError("x is a scalar; valid: at least one dimension, the last one channels")
+    if x.dtype not in DTYPES:
+        raise OptionError(f"x has dtype {x.dtype}; valid: {', '.join(map(str, DTYPES))}")
+    channels = x.shape[-1]
+    if isinstance(channels, int) and channels % m:
+        raise OptionError(f"x has {channels} channels; valid: a multiple of m={m}")
+    if correction is not None and correction not in CORRECTIONS:
+        raise OptionError(choices("correction", correction, CORRECTIONS))
+    for name, value in (("dense_prefix", dense_prefix), ("min_tokens", min_tokens)):
+        if isinstance(value, int) and value < 0:
+            raise OptionError(f"{name}={value} is negative; valid: 0 and up")
+    if factor is not None:
+        _check_factor(factor, x)
+
+
+def _check_factor(factor: torch.Tensor, x: torch.Tensor) -> None:
+    if factor.dtype != torch.float32:
+        raise OptionError(f"factor has dtype {factor.dtype}; valid: torch.float32")
+    if factor.device != x.device:
+        raise OptionError(f"factor is on {factor.device}; valid: the device of x, {x.device}")
+    if factor.dim() != 1 or differ(factor.shape[0], x.shape[-1]):
+        raise OptionError(f"factor has shape {_shape(factor)}; valid: [{x.shape[-1]}], as x")
+
+
+def check_projection(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise ``OptionError`` unless ``linear(x, weight, bias)`` is defined."""
+    if weight.dim() != 2 or differ(weight.shape[1], x.shape[-1]):
+        raise OptionError(f"weight has shape {_shape(weight)}; valid: [outputs, {x.shape[-1]}]")
+    if bias is not None and (bias.dim() != 1 or differ(bias.shape[0], weight.shape[0])):
+        raise OptionError(f"bias has shape {_shape(bias)}; valid: [{weight.shape[0]}], as weight")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise OptionError(f"{name} has dtype {tensor.dtype}; valid: that of x, {x.dtype}")
+        if tensor.device != x.device:
+            raise OptionError(f"{name} is on {tensor.device}; valid: the device of x, {x.device}")
+
+
+def differ(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
+    """Return whether two sizes are known to differ; a symbolic one is not known."""
+    return isinstance(left, int) and isinstance(right, int) and left != right
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return str(list(tensor.shape))

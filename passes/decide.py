@@ -1,0 +1,89 @@
+"""Decide each projection: sparse with which settings, or dense for which reason.
+
+What is planned comes first (``choose``: a plan or the rule), then what stands in its way, then
+what keeps it dense at run time. Every refusal is a sentence for the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from amber_compile.decision import Decision, blocked, dense, sparse
+from amber_compile.projection import Projection, fake
+from amber_compile.settings import Settings
+
+from .classify_phase import Phase, reshapes_of
+
+Choose = Callable[[Projection], Settings | str]
+"""The plan or rule: how a projection is sparsified, or why it stays dense."""
+
+DEVICES = ("cpu", "cuda")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def decide(
+    projection: Projection,
+    phase: Phase,
+    choose: Choose,
+    *,
+    tokens: int | None = None,
+    min_tokens: int = 1,
+    needs_grad: bool = False,
+) -> Decision:
+    """Return the decision for one projection of a graph in ``phase``.
+
+    Args:
+        projection: the site, under its qualified name.
+        phase: of its graph.
+        choose: the plan or rule.
+        tokens: how many the graph has, if that is fixed; a symbolic count is compared at run time.
+        min_tokens: fewer tokens stay dense.
+        needs_grad: somebody may ask for gradients, which the operators do not have.
+    """
+    choice = choose(projection)
+    if isinstance(choice, str):
+        return dense(choice)
+    if phase == "decode":
+        return dense("decode: one token a sequence")
+    obstacle = why_not(projection, choice)
+    if obstacle:
+        return blocked(obstacle)
+    if needs_grad:
+        return blocked("the graph needs gradients: call the model under torch.no_grad()")
+    if tokens is not None and tokens < min_tokens:
+        return dense(f"{tokens} tokens are fewer than min_tokens={min_tokens}")
+    return sparse(choice)
+
+
+def why_not(projection: Projection, settings: Settings) -> str | None:
+    """Return what prevents a planned projection from being sparsified, or None."""
+    weight = fake(projection.weight)
+    x = fake(projection.x)
+    if projection.unsupported:
+        return projection.unsupported
+    if weight.device.type == "meta":
+        return "its weight is a meta tensor and holds no values"
+    if weight.device.type not in DEVICES:
+        return f"no kernel for device {weight.device.type!r}; valid: {', '.join(DEVICES)}"
+    if _is_subclass(weight):
+        return f"its weight is a {type(weight).__name__}, not a plain tensor"
+    if weight.dtype not in DTYPES or x.dtype not in DTYPES:
+        return f"dtype {x.dtype} x {weight.dtype}; valid: {', '.join(map(str, DTYPES))}"
+    if projection.channels % settings.pattern.m:
+        return f"K = {projection.channels} is not a multiple of M = {settings.pattern.m}"
+    if settings.part == "gate" and projection.gate_rows is None:
+        return "part='gate' is planned, but the graph does not show a gate and an up half"
+    if settings.dense_prefix and not _shows_sequence(projection):
+        return "dense_prefix needs the sequence dimension, which its input does not show"
+    return None
+
+
+def _shows_sequence(projection: Projection) -> bool:
+    origin = fake(reshapes_of(projection.x)[0])
+    return origin.dim() >= 3 and len(projection.shape) == 2
+
+
+def _is_subclass(weight: torch.Tensor) -> bool:
+    return torch.utils._python_dispatch.is_traceable_wrapper_subclass(weight)
