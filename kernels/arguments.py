@@ -23,6 +23,7 @@ def check_selection(
     correction: str | None,
     dense_prefix: int,
     min_tokens: int,
+    offsets: torch.Tensor | None = None,
 ) -> None:
     """Raise ``OptionError`` unless N of every M channels of ``x`` can be selected."""
     Pattern(n, m)
@@ -39,16 +40,36 @@ def check_selection(
         if isinstance(value, int) and value < 0:
             raise OptionError(f"{name}={value} is negative; valid: 0 and up")
     if factor is not None:
-        _check_factor(factor, x)
+        _check_factor(factor, x, offsets)
+    elif offsets is not None:
+        raise OptionError("offsets tell the rows of each expert's factor; valid: None without one")
 
 
-def _check_factor(factor: torch.Tensor, x: torch.Tensor) -> None:
+def _check_factor(factor: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor | None) -> None:
     if factor.dtype != torch.float32:
         raise OptionError(f"factor has dtype {factor.dtype}; valid: torch.float32")
     if factor.device != x.device:
         raise OptionError(f"factor is on {factor.device}; valid: the device of x, {x.device}")
-    if factor.dim() != 1 or differ(factor.shape[0], x.shape[-1]):
+    if offsets is not None:
+        _check_offsets(offsets, factor, x)
+    elif factor.dim() != 1 or differ(factor.shape[0], x.shape[-1]):
         raise OptionError(f"factor has shape {_shape(factor)}; valid: [{x.shape[-1]}], as x")
+
+
+def _check_offsets(offsets: torch.Tensor, factor: torch.Tensor, x: torch.Tensor) -> None:
+    experts = factor.shape[0] if factor.dim() == 2 else None
+    if experts is None or differ(factor.shape[1], x.shape[-1]):
+        raise OptionError(
+            f"factor has shape {_shape(factor)}; valid with offsets: [experts, {x.shape[-1]}]"
+        )
+    if x.dim() != 2:
+        raise OptionError(f"x has shape {_shape(x)}; valid with offsets: [rows, channels]")
+    if offsets.dtype != torch.int32 or offsets.dim() != 1 or differ(offsets.shape[0], experts):
+        raise OptionError(
+            f"offsets are {offsets.dtype} {_shape(offsets)}; valid: torch.int32 [{experts}]"
+        )
+    if offsets.device != x.device:
+        raise OptionError(f"offsets are on {offsets.device}; valid: the device of x, {x.device}")
 
 
 def check_projection(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

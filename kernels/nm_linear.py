@@ -29,8 +29,8 @@ def nm_linear_reference(
     min_tokens: int = 0,
 ) -> torch.Tensor:
     """Select, then multiply: [..., K], [N, K] -> [..., N]."""
-    check_projection(x, weight, bias)
     kept = nm_select(x, factor, n, m, correction, dense_prefix, min_tokens)
+    check_projection(x, weight, bias)
     return torch.nn.functional.linear(kept, weight, bias)
 
 

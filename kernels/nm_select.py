@@ -8,12 +8,15 @@ alike, -0 = +0. Of two equal keys the lower channel is better. So the answer is 
 kept is kept bit for bit. For float64 "fp32" reads "float64" throughout.
 
     correction        scale, per token
-    norm              sqrt((‖x‖² + ε) / (‖y‖² + ε))
-    variance          sqrt((Var x + ε) / (Var y + ε)), over all channels, zeros included
+    norm              sqrt((mean x² + ε) / (mean y² + ε))     over all channels, zeros included
+    variance          sqrt((Var x + ε) / (Var y + ε))         the same about the means
 
 ε = 1e-30 lies far below the energy of any activation and far above the denormals; it stands above
 the line too, so that a vanishing token gets scale 1 (and zeros stay zeros) rather than scale 0. A
 token whose scale is not finite (it has an infinity, a NaN, or squares that overflow) gets scale 1.
+
+With ``offsets`` the rows of ``x`` are grouped by expert: those of expert e end before row
+``offsets[e]`` and have the factor's row e. Rows behind the last end count with the last expert.
 
 Copied unchanged: the first ``dense_prefix`` positions of a sequence (dimension -2), and all of
 ``x`` when it has fewer than ``min_tokens`` tokens. The latter is decided here, at run time, because
@@ -22,10 +25,13 @@ a symbolic token count can then stay free of guards.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from amber_compile.kernels.arguments import check_selection
-from amber_compile.kernels.registration import define
+from amber_compile.kernels.cpu_library import cpu_library, openmp_parallel
+from amber_compile.kernels.registration import LIBRARY, define
 
 EPSILON = 1e-30
 
@@ -40,11 +46,14 @@ def nm_select_reference(
     correction: str | None = None,
     dense_prefix: int = 0,
     min_tokens: int = 0,
+    offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Select in plain tensor operations, on any device: the definition of the operator."""
-    check_selection(x, factor, n, m, correction, dense_prefix, min_tokens)
+    check_selection(x, factor, n, m, correction, dense_prefix, min_tokens, offsets)
     if tokens(x) < min_tokens:
         return x.clone(memory_format=torch.contiguous_format)
+    if factor is not None and offsets is not None:
+        factor = factor[_expert_of_rows(x, offsets)]
     kept = torch.where(_best(_keys(x, factor), n, m), x, 0).contiguous()
     if correction is not None:
         kept = (kept.to(_precision(x)) * _scale(x, kept, correction)).to(x.dtype)
@@ -58,6 +67,12 @@ def nm_select_reference(
 def tokens(x: torch.Tensor) -> int:
     """Return the number of tokens of ``x`` [..., channels]."""
     return x.shape[:-1].numel()
+
+
+def _expert_of_rows(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Return the expert [rows] whose rows end after each row; the last one beyond all ends."""
+    rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets, rows, right=True).clamp_(max=offsets.shape[0] - 1)
 
 
 def _precision(x: torch.Tensor) -> torch.dtype:
@@ -90,8 +105,90 @@ def _scale(x: torch.Tensor, kept: torch.Tensor, correction: str) -> torch.Tensor
 
 def _energy(x: torch.Tensor, correction: str) -> torch.Tensor:
     if correction == "variance":
-        return (x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)
-    return x.square().sum(-1, keepdim=True)
+        x = x - x.mean(-1, keepdim=True)
+    return x.square().mean(-1, keepdim=True)
+
+
+# ---- kernel --------------------------------------------------------------------------------------
+#
+# cpu/nm_select.cpp answers bit for bit like the reference, or within rounding if it corrects. It
+# never flushes denormals, whatever torch.set_flush_denormal says. float64 has the reference only.
+
+ENTRIES = {
+    torch.float32: "nm_select_float32",
+    torch.bfloat16: "nm_select_bfloat16",
+    torch.float16: "nm_select_float16",
+}
+CODES = {None: 0, "norm": 1, "variance": 2}
+SINGLE_THREADED = 1 << 16  # elements; with fewer, threads cost more than they bring
+
+
+class _Problem(ctypes.Structure):
+    """``struct Problem`` of the C++ source, line by line."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "factor", "y", "ends")),
+        *((name, ctypes.c_int64) for name in ("tokens", "channels", "x_stride")),
+        *((name, ctypes.c_int64) for name in ("sequence", "dense", "experts")),
+        *((name, ctypes.c_int32) for name in ("n", "m", "correction", "threads")),
+    )
+
+
+# ---- launch --------------------------------------------------------------------------------------
+
+
+def launch(
+    library: ctypes.CDLL,
+    x: torch.Tensor,
+    factor: torch.Tensor | None,
+    n: int,
+    m: int,
+    correction: str | None = None,
+    dense_prefix: int = 0,
+    offsets: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run the C++ kernel on ``x`` [..., channels], not empty and of a type in ``ENTRIES``."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows = _rows(x)
+    factor = None if factor is None else factor.contiguous()
+    ends = None if offsets is None else offsets.contiguous()
+    problem = _Problem(
+        *(rows.data_ptr(), _address(factor), y.data_ptr(), _address(ends)),
+        *(*rows.shape, rows.stride(0)),
+        *(1 if x.dim() == 1 else x.shape[-2], dense_prefix, 1 if ends is None else len(ends)),
+        *(n, m, CODES[correction], 1 if x.numel() < SINGLE_THREADED else torch.get_num_threads()),
+    )
+    getattr(library, ENTRIES[x.dtype])(ctypes.byref(problem), openmp_parallel())
+    return y
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` as [tokens, channels], channels side by side: a view if its strides allow."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _nm_select_cpu(
+    x: torch.Tensor,
+    factor: torch.Tensor | None,
+    n: int,
+    m: int,
+    correction: str | None = None,
+    dense_prefix: int = 0,
+    min_tokens: int = 0,
+    offsets: torch.Tensor | None = None,
+) -> torch.Tensor:
+    check_selection(x, factor, n, m, correction, dense_prefix, min_tokens, offsets)
+    if n == m or tokens(x) < min_tokens or not x.numel():
+        return x.clone(memory_format=torch.contiguous_format)
+    library = cpu_library() if x.dtype in ENTRIES else None
+    if library is None:
+        return nm_select_reference(x, factor, n, m, correction, dense_prefix, 0, offsets)
+    return launch(library, x, factor, n, m, correction, dense_prefix, offsets)
 
 
 # ---- operator ------------------------------------------------------------------------------------
@@ -105,14 +202,17 @@ def _fake(
     correction: str | None = None,
     dense_prefix: int = 0,
     min_tokens: int = 0,
+    offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    check_selection(x, factor, n, m, correction, dense_prefix, min_tokens)
+    check_selection(x, factor, n, m, correction, dense_prefix, min_tokens, offsets)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 nm_select = define(
     "nm_select(Tensor x, Tensor? factor, int n, int m, str? correction=None, "
-    "int dense_prefix=0, int min_tokens=0) -> Tensor",
+    "int dense_prefix=0, int min_tokens=0, Tensor? offsets=None) -> Tensor",
     nm_select_reference,
     _fake,
 )
+
+LIBRARY.impl("nm_select", _nm_select_cpu, "CPU")

@@ -64,7 +64,7 @@ struct Float16 {
     const uint32_t denormal = bits_as<uint32_t>(shifted) - bits_as<uint32_t>(0.5f);
     const uint32_t normal = (magnitude - (112u << 23) + 0x0FFF + (magnitude >> 13 & 1)) >> 13;
     const uint32_t finite = magnitude < bits_as<uint32_t>(0x1p-14f) ? denormal : normal;
-    const uint32_t rounded = magnitude < bits_as<uint32_t>(65520.0f) ? finite : uint32_t(INFINITE);
+    const uint32_t rounded = magnitude < bits_as<uint32_t>(0x1p16f) ? finite : uint32_t(INFINITE);
     return Bits((bits >> 16 & 0x8000) | rounded);
   }
 };

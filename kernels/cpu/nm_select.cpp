@@ -2,12 +2,12 @@
 //
 // A group lies side by side in vector registers, as integer keys that order like its scores. Each
 // channel meets its M - 1 rivals as the keys change places: its rival at distance d is the channel
-// numbered XOR d. A rank counts lost comparisons; the N lowest ranks of a group stay.
+// numbered XOR d. The N channels of a group that lose to fewer than N stay.
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
+#include "correction.h"
 #include "floats.h"
 #include "parallel.h"
 #include "vectors.h"
@@ -27,7 +27,7 @@ struct Magnitude {
   static constexpr int SPLIT = 1;
 
   template <class Keys, class Values>
-  INLINE static Keys keys(Values x, const float*, int) {
+  INLINE static Keys keys(Values x, const float*, int64_t, int) {
     const Keys magnitude = (Keys)x & std::numeric_limits<Key>::max();
     const Keys not_a_number = fill<Keys>(Key(T::INFINITE + 1));
     return magnitude < not_a_number ? magnitude : not_a_number;
@@ -42,18 +42,18 @@ struct Weighted {
   static constexpr int SPLIT = sizeof(Key) / sizeof(Bits);
 
   template <class Keys, class Values>
-  INLINE static Keys keys(Values x, const float* factor, int odd) {
+  INLINE static Keys keys(Values x, const float* factor, int64_t channel, int odd) {
     constexpr int LANES = sizeof(Keys) / sizeof(Key);
     using Words = Vector<uint32_t, LANES>;
     using Floats = Vector<float, LANES>;
-    const auto factors = load_every<SPLIT, Floats>(factor + odd, LANE_NUMBERS<LANES>);
+    const auto factors = load_every<SPLIT, Floats>(factor + channel, odd, LANE_NUMBERS<LANES>);
     const Words words = SPLIT == 1 ? (Words)x : odd ? (Words)x >> 16 : (Words)x & 0xFFFF;
     const Floats score = T::template widen<Floats>(words) * factors;
-    return Magnitude<Float32>::keys<Keys>(score, factor, 0);
+    return Magnitude<Float32>::keys<Keys>(score, factor, channel, 0);
   }
 };
 
-// ---- ranks --------------------------------------------------------------------------------------
+// ---- losses -------------------------------------------------------------------------------------
 
 // Return 1 in the lanes whose rival, D lanes away, is the lower channel and so wins a tie.
 template <int D, class Keys, int... LANE>
@@ -61,12 +61,12 @@ INLINE Keys lower_lanes(std::integer_sequence<int, LANE...>) {
   return Keys{((LANE ^ D) < LANE)...};
 }
 
-// Add to the ranks of a group, in SPAN registers, what its channels lose at distance D.
+// Count, below zero, what the channels of a group, in SPAN registers, lose at distance D.
 //
 // Of a channel's number in the group the bits below SPLIT and those from SPLIT * LANES on tell its
 // register; the bits between tell its lane.
 template <int D, int SPLIT, class Keys, int SPAN>
-INLINE void meet(const Keys (&keys)[SPAN], Keys (&ranks)[SPAN]) {
+INLINE void meet(const Keys (&keys)[SPAN], Keys (&losses)[SPAN]) {
   using Key = std::decay_t<decltype(keys[0][0])>;
   constexpr int LANES = sizeof(Keys) / sizeof(Key);
   constexpr int FAR = D / (SPLIT * LANES) * SPLIT, LANE = D / SPLIT % LANES, NEAR = D % SPLIT;
@@ -75,14 +75,14 @@ INLINE void meet(const Keys (&keys)[SPAN], Keys (&ranks)[SPAN]) {
     const int rival = s ^ FAR ^ NEAR;
     const Keys lower = LANE && !FAR ? lower_lanes<LANE, Keys>(LANE_NUMBERS<LANES>)
                                     : fill<Keys>(Key(rival < s));
-    ranks[s] -= exchange<LANE>(keys[rival], LANE_NUMBERS<LANES>) > keys[s] - lower;
+    losses[s] += exchange<LANE>(keys[rival], LANE_NUMBERS<LANES>) > keys[s] - lower;
   }
 }
 
 template <int SPLIT, class Keys, int SPAN, int... D>
-INLINE void meet_all(const Keys (&keys)[SPAN], Keys (&ranks)[SPAN],
+INLINE void meet_all(const Keys (&keys)[SPAN], Keys (&losses)[SPAN],
                      std::integer_sequence<int, D...>) {
-  (meet<D + 1, SPLIT>(keys, ranks), ...);
+  (meet<D + 1, SPLIT>(keys, losses), ...);
 }
 
 // ---- selection ----------------------------------------------------------------------------------
@@ -102,18 +102,18 @@ void select_whole(const typename Score::Bits* x, const float* factor, typename S
   using Keys = Vector<Key, REGISTER / sizeof(Key)>;
   for (int64_t i = 0; i < channels; i += SPAN * LANES) {
     Values values[SPAN];
-    Keys keys[SPAN * SPLIT], ranks[SPAN * SPLIT] = {};
+    Keys keys[SPAN * SPLIT], losses[SPAN * SPLIT] = {};
 #pragma GCC unroll 8
     for (int s = 0; s < SPAN * SPLIT; ++s) {
       const int64_t channel = i + s / SPLIT * LANES;
       if (s % SPLIT == 0) values[s / SPLIT] = load<Values>(x + channel);
-      keys[s] = Score::template keys<Keys>(values[s / SPLIT], factor + channel, s % SPLIT);
+      keys[s] = Score::template keys<Keys>(values[s / SPLIT], factor, channel, s % SPLIT);
     }
-    meet_all<SPLIT>(keys, ranks, std::make_integer_sequence<int, M - 1>{});
+    meet_all<SPLIT>(keys, losses, std::make_integer_sequence<int, M - 1>{});
 #pragma GCC unroll 8
     for (int s = 0; s < SPAN; ++s) {
-      Keys best = ranks[s * SPLIT] < Key(n);  // all bits set, or none
-      if constexpr (SPLIT == 2) best = (best & 0xFFFF) | (ranks[s * SPLIT + 1] < n) << 16;
+      Keys best = losses[s * SPLIT] > Key(-n);  // all bits set, or none
+      if constexpr (SPLIT == 2) best = (best & 0xFFFF) | (losses[s * SPLIT + 1] > -n) << 16;
       store(y + i + s * LANES, values[s] & (Values)best);
     }
   }
@@ -148,71 +148,25 @@ void select_token(SelectWhole<Score> select, const typename Score::Bits* x, cons
   std::copy_n(y_rest, rest, y + whole);
 }
 
-// ---- correction ---------------------------------------------------------------------------------
-
-enum Correction { NONE, NORM, VARIANCE };
-
-constexpr float EPSILON = 1e-30f;
-
-constexpr int BLOCK = 1024;
-
-struct Pair {
-  double x, y;
-};
-
-// Sum term(value, which) over a token: in float32 inside a block, in float64 over the blocks.
-template <class T, class Term>
-Pair sum(const typename T::Bits* x, const typename T::Bits* y, int64_t channels, Term term) {
-  Pair total{0, 0};
-  for (int64_t start = 0; start < channels; start += BLOCK) {
-    const int64_t end = std::min<int64_t>(start + BLOCK, channels);
-    float x_part = 0, y_part = 0;
-#pragma omp simd reduction(+ : x_part, y_part)
-    for (int64_t i = start; i < end; ++i) {
-      x_part += term(T::template widen<float>(uint32_t(x[i])), 0);
-      y_part += term(T::template widen<float>(uint32_t(y[i])), 1);
-    }
-    total.x += x_part;
-    total.y += y_part;
-  }
-  return total;
-}
-
-template <class T>
-Pair energies(const typename T::Bits* x, const typename T::Bits* y, int64_t channels,
-              Correction correction) {
-  if (correction == NORM)
-    return sum<T>(x, y, channels, [](float value, int) { return value * value; });
-  const Pair mean = sum<T>(x, y, channels, [](float value, int) { return value; });
-  const float x_mean = float(mean.x / channels), y_mean = float(mean.y / channels);
-  const Pair e = sum<T>(x, y, channels, [=](float value, int which) {
-    const float deviation = value - (which ? y_mean : x_mean);
-    return deviation * deviation;
-  });
-  return {e.x / channels, e.y / channels};
-}
-
-template <class T>
-void correct_token(const typename T::Bits* x, typename T::Bits* y, int64_t channels,
-                   Correction correction) {
-  const Pair energy = energies<T>(x, y, channels, correction);
-  const float scale = std::sqrt((float(energy.x) + EPSILON) / (float(energy.y) + EPSILON));
-  if (!std::isfinite(scale)) return;
-#pragma omp simd
-  for (int64_t i = 0; i < channels; ++i)
-    y[i] = T::narrow(T::template widen<float>(uint32_t(y[i])) * scale);
-}
-
 // ---- all tokens ---------------------------------------------------------------------------------
 
 struct Problem {
   const void* x;            // [tokens, channels], rows x_stride apart
-  const float* factor;      // [channels] or null
+  const float* factor;      // [experts, channels] or null
   void* y;                  // [tokens, channels], contiguous
+  const int32_t* ends;      // [experts]: where the tokens of each expert end; null: one expert
   int64_t tokens, channels, x_stride;
   int64_t sequence, dense;  // of every `sequence` tokens the first `dense` are copied
+  int64_t experts;
   int32_t n, m, correction, threads;
 };
+
+// Return the factor of a token: that of the first expert whose tokens end after it, or the last.
+inline const float* factor_of(const Problem& p, int64_t token) {
+  if (!p.ends) return p.factor;
+  const int64_t expert = std::upper_bound(p.ends, p.ends + p.experts, token) - p.ends;
+  return p.factor + std::min(expert, p.experts - 1) * p.channels;
+}
 
 constexpr int PIECE = 1 << 14;  // channels that a thread takes at a time
 
@@ -230,7 +184,7 @@ void select_tokens(const Problem& p, Parallel parallel) {
         std::copy_n(x, p.channels, y);
         continue;
       }
-      select_token<Score>(select, x, p.factor, y, p.channels, p.n);
+      select_token<Score>(select, x, factor_of(p, token), y, p.channels, p.n);
       if (correction != NONE) correct_token<T>(x, y, p.channels, correction);
     }
   });

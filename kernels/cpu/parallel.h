@@ -22,8 +22,8 @@ class IeeeArithmetic {
   std::fenv_t saved_;
 };
 
-// GOMP_parallel of the OpenMP runtime that PyTorch itself has loaded. It is handed in rather than
-// linked, for a second runtime would spin against the first one.
+// GOMP_parallel of the OpenMP runtime that PyTorch itself has loaded, or null. It is handed in rather
+// than linked, for a second runtime would spin against the first one.
 using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
 // Call body(begin, end) for pieces of [0, count). Threads take pieces as they get ready, so that a
@@ -44,6 +44,6 @@ void for_each_piece(int64_t count, int64_t piece, int threads, Parallel parallel
   Work work{count, piece, body};
   const int64_t pieces = (count + piece - 1) / piece;
   if (threads > pieces) threads = int(pieces);
-  if (threads <= 1) return work.run();
+  if (threads <= 1 || !parallel) return work.run();
   parallel([](void* data) { static_cast<Work*>(data)->run(); }, &work, unsigned(threads), 0);
 }

@@ -55,10 +55,11 @@ INLINE V exchange(V values, std::integer_sequence<int, LANE...>) {
   return pick<(LANE ^ D)...>(values, values);
 }
 
-// Return every STEP-th of the scalars that begin at `from`; STEP is 1 or 2.
+// Return every STEP-th of the STEP * LANES scalars at `from`, beginning with number `first`. STEP is
+// 1 or 2.
 template <int STEP, class V, class Scalar, int... LANE>
-INLINE V load_every(const Scalar* from, std::integer_sequence<int, LANE...>) {
+INLINE V load_every(const Scalar* from, int first, std::integer_sequence<int, LANE...>) {
   if constexpr (STEP == 1) return load<V>(from);
   const V left = load<V>(from), right = load<V>(from + sizeof...(LANE));
-  return pick<(STEP * LANE)...>(left, right);
+  return first ? pick<(2 * LANE + 1)...>(left, right) : pick<(2 * LANE)...>(left, right);
 }
