@@ -9,32 +9,18 @@ refresh          weights were changed behind PyTorch's back
 register_model   names for the weights of a model that is compiled in parts
 """
 
-import os as _os
+from . import _checkout  # noqa: F401  # finds the subpackages of a source checkout
 
-
-def _use_checkout_folders() -> None:
-    """Find ``passes`` and ``kernels`` beside this folder when it lies in a source checkout.
-
-    An installed wheel holds them inside the package; a checkout on ``sys.path`` does not.
-    """
-    inside = _os.path.dirname(_os.path.abspath(__file__))
-    root = _os.path.dirname(inside)
-    is_checkout = _os.path.isfile(_os.path.join(root, "pyproject.toml"))
-    if is_checkout and not _os.path.isdir(_os.path.join(inside, "passes")):
-        __path__.append(root)
-
-
-_use_checkout_folders()
-
-from .config import AmberConfig  # noqa: E402  # the subpackages must be found first
-from .decision import Decision  # noqa: E402
-from .derived import refresh  # noqa: E402
-from .naming import register_model  # noqa: E402
-from .pattern import Pattern  # noqa: E402
-from .plan import Plan  # noqa: E402
-from .projection import Projection  # noqa: E402
-from .report import Report, last_reports  # noqa: E402
-from .settings import Settings  # noqa: E402
+# isort: split
+from .config import AmberConfig
+from .decision import Decision
+from .derived import refresh
+from .naming import register_model
+from .pattern import Pattern
+from .plan import Plan
+from .projection import Projection
+from .report import Report, last_reports
+from .settings import Settings
 
 __all__ = [
     "AmberConfig",
