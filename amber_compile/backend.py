@@ -19,11 +19,11 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from .analysis import Analysis
 from .binding import Compiled
 from .config import AmberConfig
-from .inductor import compile_with_inductor
+from .inductor import compile_with_inductor, inductor_patches
 from .report import GraphReport, Report, record
-from .rewrite import Analysis
 from .variants import Inner, compile_variants
 
 log = logging.getLogger("amber_compile")
@@ -50,6 +50,7 @@ def amber(
         RewriteError: under ``strict=True``, if a planned projection cannot be sparsified.
     """
     config = AmberConfig.from_options(mode, options)
+    inductor_patches(config)  # an unknown entry is an error, whether or not anything is rewritten
     return compile_graph(gm, example_inputs, config, compile_with_inductor)
 
 

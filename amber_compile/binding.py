@@ -4,12 +4,15 @@
 
 The derived tensors are looked up again when a weight was replaced or written to. Layers compiled
 one by one share one graph but need not share a plan: each distinct set of decisions has a compiled
-*variant*, and the weights of the call choose it.
+*variant*, and the weights of the call choose it. Weights that no variant is for, and weights that
+have no factor any more (one became infinite), run the dense graph, uncompiled, with a warning.
+Weights are held weakly.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +21,10 @@ from typing import Any
 import torch
 
 from .derived import Key, epoch, score_factor, stamp
+from .errors import OptionError
 
 Compiled = Callable[..., Any]
+Weights = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,55 +45,97 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class _Bound:
-    """A variant, the derived tensors of one set of weights, and the stamps they are valid for."""
+    """What one set of weights runs, as long as the stamps of its scored weights stay the same.
 
+    Attributes:
+        scored: argument positions of the weights that something was derived from.
+        stamps: theirs.
+        compiled: what runs.
+        tensors: its further inputs.
+        owners: references that end this entry when a weight dies.
+    """
+
+    scored: tuple[int, ...]
     stamps: list[int]
     compiled: Compiled
     tensors: tuple[torch.Tensor, ...]
+    owners: tuple[weakref.ref[torch.Tensor], ...] = ()
 
 
 class Binding:
     """Call a compiled graph with its weight-derived inputs appended.
 
     Args:
-        watched: argument positions of the weights that anything was derived from or decided by.
-        choose: from those weights to the variant they run.
+        watched: argument positions of the weights that tell which variant runs.
+        choose: from those weights to their variant, or None if there is none.
+        dense: what runs where no variant can: the graph as Dynamo traced it.
     """
 
     def __init__(
-        self, watched: Sequence[int], choose: Callable[[list[torch.Tensor]], Variant]
+        self,
+        watched: Sequence[int],
+        choose: Callable[[Weights], Variant | None],
+        dense: Compiled,
     ) -> None:
         self._watched = tuple(watched)
         self._choose = choose
+        self._dense = dense
         self._bound: dict[tuple[int, ...], _Bound] = {}
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
-        weights = [arguments[at] for at in self._watched]
-        key = tuple(map(id, weights))
+        key = tuple([id(arguments[at]) for at in self._watched])
         bound = self._bound.get(key)
-        if bound is None or bound.stamps != _stamps(weights):
-            bound = self._bind(key, arguments, weights)
+        if bound is None or bound.stamps != _stamps([arguments[at] for at in bound.scored]):
+            bound = self._bind(key, arguments)
         return bound.compiled(*arguments, *bound.tensors)
 
-    def _bind(
-        self, key: tuple[int, ...], arguments: Sequence[Any], weights: list[torch.Tensor]
-    ) -> _Bound:
+    def _bind(self, key: tuple[int, ...], arguments: Sequence[Any]) -> _Bound:
+        weights = [arguments[at] for at in self._watched]
         with self._lock:
             variant = self._choose(weights)
-            stamps = _stamps(weights)
-            tensors = tuple(
-                score_factor(arguments[one.position], *one.key) for one in variant.derived
+            if variant is None:  # not remembered: the model may be registered later
+                return _Bound((), [], self._dense, ())
+            scored = tuple(dict.fromkeys(one.position for one in variant.derived))
+            stamps = _stamps([arguments[at] for at in scored])
+            compiled, tensors = self._inputs_of(variant, arguments)
+            forget = _Forget(weakref.ref(self), key)
+            owners = tuple([weakref.ref(weight, forget) for weight in weights])
+            self._bound[key] = _Bound(scored, stamps, compiled, tensors, owners)
+            return self._bound[key]
+
+    def _inputs_of(
+        self, variant: Variant, arguments: Sequence[Any]
+    ) -> tuple[Compiled, tuple[torch.Tensor, ...]]:
+        try:
+            factors = [score_factor(arguments[one.position], *one.key) for one in variant.derived]
+        except OptionError as cause:
+            warnings.warn(
+                f"amber: the dense graph runs, uncompiled, until its weights change: {cause}",
+                stacklevel=2,
             )
-            bound = _Bound(stamps, variant.compiled, tensors)
-            if key not in self._bound:
-                for weight in weights:
-                    weakref.finalize(weight, self._bound.pop, key, None)
-            self._bound[key] = bound
-            return bound
+            return self._dense, ()
+        return variant.compiled, tuple(factors)
+
+    def forget(self, key: tuple[int, ...]) -> None:
+        """Drop what one set of weights was bound to: one of them is gone."""
+        self._bound.pop(key, None)
 
 
-def _stamps(weights: list[torch.Tensor]) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class _Forget:
+    """Called when a weight dies; holds its binding weakly, so that neither keeps the other."""
+
+    binding: weakref.ref[Binding]
+    key: tuple[int, ...]
+
+    def __call__(self, _: weakref.ref[torch.Tensor]) -> None:
+        binding = self.binding()
+        if binding is not None:
+            binding.forget(self.key)
+
+
+def _stamps(weights: Weights) -> list[int]:
     """Return what changes when a weight was written to: fast, for it runs on every call."""
     try:
         stamps = [weight._version for weight in weights]

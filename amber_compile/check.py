@@ -10,11 +10,11 @@ Tensors that are no parameters (caches among them) are copied first: a check lea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from .binding import Compiled
@@ -27,16 +27,23 @@ class Checked:
 
     Args:
         compiled: the rewritten graph, compiled.
-        dense: the graph as Dynamo traced it.
-        sparse: an uncompiled rewritten copy of it.
-        report: where the errors go.
+        dense: the graph as Dynamo traced it, uncompiled.
+        sparse: a rewritten copy of it, uncompiled.
+        names: from the projections' names in the graph to those in the report.
+        report: where the errors go; of several owners' outputs it holds the largest error.
     """
 
     def __init__(
-        self, compiled: Compiled, dense: GraphModule, sparse: Rewritten, report: GraphReport
+        self,
+        compiled: Compiled,
+        dense: Compiled,
+        sparse: Rewritten,
+        names: Mapping[str, str],
+        report: GraphReport,
     ) -> None:
         self._compiled = compiled
-        self._pending: tuple[GraphModule, Rewritten] | None = (dense, sparse)
+        self._pending: tuple[Compiled, Rewritten] | None = (dense, sparse)
+        self._names = names
         self._report = report
 
     def __call__(self, *arguments: Any) -> Any:
@@ -45,15 +52,17 @@ class Checked:
             self._measure(*pending, arguments)
         return self._compiled(*arguments)
 
-    def _measure(self, dense: GraphModule, sparse: Rewritten, arguments: Sequence[Any]) -> None:
+    def _measure(self, dense: Compiled, sparse: Rewritten, arguments: Sequence[Any]) -> None:
         own = len(arguments) - len(sparse.derived)
         with torch.no_grad():
-            expected = Interpreter(dense).run(*_copies(arguments[:own]))
+            expected = dense(*_copies(arguments[:own]))
             runner = _SideBySide(sparse)
             actual = runner.run(*_copies(arguments))
-        self._report.output_error = _relative_error(tree_leaves(expected), tree_leaves(actual))
+        error = _relative_error(tree_leaves(expected), tree_leaves(actual))
+        self._report.output_error = max(error, self._report.output_error or 0.0)
+        errors = {self._names[local]: error for local, error in runner.errors.items()}
         for site in self._report.sites:
-            site.error = runner.errors.get(site.name)
+            site.error = errors.get(site.name, site.error)
 
 
 class _SideBySide(Interpreter):

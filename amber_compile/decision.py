@@ -31,6 +31,11 @@ class Decision:
         """Whether the site is sparsified."""
         return self.settings is not None
 
+    @property
+    def density(self) -> float:
+        """Share of its input channels that the site reads: 1 if it is dense."""
+        return self.settings.pattern.density if self.settings else 1.0
+
     def __str__(self) -> str:
         return str(self.settings) if self.sparse else f"dense: {self.reason}"
 

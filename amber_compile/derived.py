@@ -8,7 +8,9 @@ Weights are held weakly.
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import MutableMapping
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -20,7 +22,8 @@ Key = tuple[str, bool, int | None]
 """A score, whether the weight is stored transposed, and how many leading rows (None: all)."""
 
 _lock = threading.RLock()
-_factors: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_factors: MutableMapping[torch.Tensor, dict[Key, tuple[Stamp, torch.Tensor]]]
+_factors = WeakIdKeyDictionary()
 _epoch = 0
 
 
@@ -49,7 +52,7 @@ def score_factor(
         fp32 ``[K]``, or ``[E, K]`` with one factor per expert.
     """
     with _lock:
-        known: dict[Key, tuple[Stamp, torch.Tensor]] = _factors.setdefault(weight, {})
+        known = _factors.setdefault(weight, {})
         now = stamp(weight)
         key = score, transposed, rows
         held = known.get(key)
@@ -69,8 +72,8 @@ def refresh(model: torch.nn.Module) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"refresh takes a torch.nn.Module, not {type(model).__name__}")
     with _lock:
-        for parameter in model.parameters():
-            _factors.pop(parameter, None)
+        for weight in itertools.chain(model.parameters(), model.buffers()):
+            _factors.pop(weight, None)
         _epoch += 1
 
 

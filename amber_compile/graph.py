@@ -7,17 +7,26 @@ input that Dynamo does not know), ``_param_name_to_source`` and ``meta`` of the 
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.node import map_arg
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from .projection import fake_mode_of, value_of
 
 STATIC = {"_dynamo_static_input_type": "unguarded"}
 """Tells CUDA graphs that an input keeps its address."""
+
+WRITERS = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"}
+WRITERS |= {"iand", "ior", "ixor", "ilshift", "irshift"}
+"""The Python operators that write to their first operand."""
 
 
 def copy_graph(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
@@ -30,8 +39,9 @@ def copy_graph(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     for old in gm.graph.find_nodes(op="placeholder"):
         nodes[old].meta.pop("grapharg", None)  # holds the real input: the copy must not
         if hasattr(old, "_dynamo_source"):
-            nodes[old]._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]  # Dynamo's
-    copy = GraphModule(gm, graph)
+            nodes[old]._dynamo_source = old._dynamo_source
+    with _use_lazy_graph_module(True):  # generates no code before it is called
+        copy = _make_graph_module(gm, graph)
     copy.meta = dict(gm.meta)
     if hasattr(gm, "_param_name_to_source"):
         copy._param_name_to_source = gm._param_name_to_source
@@ -43,21 +53,26 @@ def add_input(graph: Graph, name: str, value: torch.Tensor) -> Node:
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
         node = graph.placeholder(name)
+    node.target = node.name  # the argument's name: unique, where ``name`` may be taken
     node.meta = {"example_value": value, "tensor_dict": dict(STATIC)}
-    node._dynamo_source = None  # type: ignore[attr-defined]  # an input Dynamo does not know
+    node._dynamo_source = None  # an input that Dynamo does not know
     return node
 
 
 def insert_call(graph: Graph, site: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-    """Insert a call before ``site``, as part of its module, and record its fake value."""
+    """Insert a call before ``site``, as part of its module, and record its fake value.
+
+    ``target`` is a function, or the name of a method of the first argument.
+    """
     with graph.inserting_before(site):
-        node = graph.call_function(target, args, kwargs)
+        kind = "call_method" if isinstance(target, str) else "call_function"
+        node = graph.create_node(kind, target, args, kwargs)
     for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
         if key in site.meta:
             node.meta[key] = site.meta[key]
     fakes = map_arg((args, kwargs), value_of)
     with fake_mode_of(*tree_leaves(fakes)), torch.no_grad():
-        node.meta["example_value"] = target(*fakes[0], **fakes[1])
+        node.meta["example_value"] = call(target, *fakes)
     return node
 
 
@@ -66,11 +81,68 @@ def positions(gm: GraphModule) -> dict[Node, int]:
     return {node: at for at, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
 
 
-def is_inplace(node: Node) -> bool:
-    """Whether ``node`` writes to its first argument."""
+def call(target: Any, args: Any, kwargs: Any) -> Any:
+    """Run what a node's target names: a function, or a method of the first argument."""
+    if isinstance(target, str):
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    return target(*args, **kwargs)
+
+
+def written_storages(graph: Graph) -> set[StorageWeakRef]:
+    """Return the storages that some node of ``graph`` writes to: views share one."""
+    values = [value_of(operand) for node in graph.nodes for operand in written(node)]
+    return {storage_of(value) for value in values if isinstance(value, torch.Tensor)}
+
+
+def storage_of(value: torch.Tensor) -> StorageWeakRef:
+    """Return what two tensors have in common if one is a view of the other."""
+    return StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]  # torch's
+
+
+def written(node: Node) -> list[Node]:
+    """Return the operands that ``node`` writes to: ``x.add_(y)``, ``x[0] = y``, ``out=x`` ...
+
+    A higher-order operator may write to anything that it reads.
+    """
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return bool(target._schema.is_mutable)
+    operands: list[Any]
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return node.all_input_nodes
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(target, name) for name in target._overload_names]
+        operands = [_written_by_schema(node, overload) for overload in overloads]
+    elif isinstance(target, torch._ops.OpOverload):
+        operands = _written_by_schema(node, target)
+    else:
+        operands = [node.kwargs.get("out"), *(node.args[:1] if _is_inplace(node) else ())]
+    return [one for one in dict.fromkeys(tree_leaves(operands)) if isinstance(one, Node)]
+
+
+def _written_by_schema(node: Node, overload: torch._ops.OpOverload) -> list[Any]:
+    arguments = overload._schema.arguments
+    given = dict(zip((one.name for one in arguments), node.args, strict=False)) | node.kwargs
+    changed = [one.name for one in arguments if one.alias_info and one.alias_info.is_write]
+    return [given.get(name) for name in changed]
+
+
+def _is_inplace(node: Node) -> bool:
+    """Whether a function or method writes to its first argument, by its name or ``inplace=``."""
+    target: Any = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    writes = name.endswith("_") and not name.endswith("__")
-    return writes or name in ("setitem", "iadd", "imul", "isub", "itruediv")
+    if name.strip("_") in WRITERS:
+        return True
+    if getattr(target, "__module__", None) == "_operator":  # and_, not_, is_ write to nothing
+        return False
+    at = _inplace_argument(target)
+    asked = node.kwargs.get("inplace") or (at is not None and node.args[at : at + 1] == (True,))
+    return bool(asked) or re.fullmatch(r".*[^_]_", name) is not None
+
+
+@functools.cache
+def _inplace_argument(target: Any) -> int | None:
+    """Return the position at which a function takes ``inplace``, if it does."""
+    try:
+        names = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):  # a method's name, or a builtin
+        return None
+    return names.index("inplace") if "inplace" in names else None

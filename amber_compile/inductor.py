@@ -11,20 +11,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule
 
+from .binding import Compiled
 from .config import AmberConfig
 from .errors import OptionError, choices
 
 
 def compile_with_inductor(
     gm: GraphModule, inputs: Sequence[Any], config: AmberConfig, rewritten: bool
-) -> Callable[..., Any]:
+) -> Compiled:
     """Compile ``gm`` with Inductor under the options' mode and config patches.
 
     Raises:
@@ -34,8 +35,8 @@ def compile_with_inductor(
 
     patches = inductor_patches(config)
     with _cache_tag() if rewritten else contextlib.nullcontext():
-        compiled: Callable[..., Any] = compile_fx(gm, inputs, config_patches=patches)
-    return compiled
+        compiled: Any = compile_fx(gm, inputs, config_patches=patches)
+    return cast("Compiled", compiled)
 
 
 def inductor_patches(config: AmberConfig) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def inductor_patches(config: AmberConfig) -> dict[str, Any]:
 def _cache_tag() -> Iterator[None]:
     """Add the hash of Amber's sources to the tag under which PyTorch caches what it compiles."""
     tag = f"{torch.compiler.config.cache_key_tag}amber-{source_hash()}"
-    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[no-untyped-call]
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]  # installed
         yield
 
 

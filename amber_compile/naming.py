@@ -1,4 +1,8 @@
-"""Qualified names of weights that a graph knows only in part.
+"""Qualified names of weights, as far as a graph knows them, and beyond.
+
+A graph knows where a weight lies below the object that was compiled (``L['self']`` here):
+
+    L['self']._modules['layers']._modules['0']._parameters['weight']      ->  layers.0.weight
 
 A layer that is compiled on its own (``layer.compile(backend="amber")``) and a graph after a graph
 break call their weights ``self_attn.q_proj``: the prefix is lost, and all layers may share one
@@ -8,8 +12,10 @@ reports work there too.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
@@ -17,8 +23,21 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .projection import Projection
 
-_CONTAINERS = ("_modules", "_parameters", "_buffers")
-_names: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_STEP = re.compile(r"""\.([^.\[\]]+)|\[(?:'([^']*)'|"([^"]*)"|(\d+))\]""")
+_UNNAMED = ("_modules", "_parameters", "_buffers", "_orig_mod")
+"""Steps on the way to a weight that are no part of its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Home:
+    """Where a registered weight lives: the number of its model, and its qualified name there."""
+
+    model: int
+    name: str
+
+
+_homes: MutableMapping[torch.Tensor, _Home] = WeakIdKeyDictionary()
+_numbers = itertools.count()
 
 
 def register_model(model: torch.nn.Module) -> None:
@@ -31,22 +50,21 @@ def register_model(model: torch.nn.Module) -> None:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"register_model takes a torch.nn.Module, not {type(model).__name__}")
+    number = next(_numbers)
     for name, parameter in model.named_parameters(remove_duplicate=True):
-        _names[parameter] = name
+        steps = [step for step in name.split(".") if step not in _UNNAMED]
+        _homes[parameter] = _Home(number, ".".join(steps))
 
 
-def registered_name(weight: torch.Tensor) -> str | None:
-    """Return the qualified name of ``weight`` in its registered model, if it has one."""
-    name: str | None = _names.get(weight)
-    return name
-
-
-def registered_shapes() -> dict[str, tuple[int, ...]]:
-    """Return ``{site name: weight shape}`` of every registered matrix that is still alive."""
+def registered_shapes(weight: torch.Tensor | None) -> dict[str, tuple[int, ...]]:
+    """Return ``{site name: shape}`` of every live matrix of the registered model of ``weight``."""
+    home = _home(weight)
+    if home is None:
+        return {}
     return {
-        _owner(name): tuple(weight.shape)
-        for weight, name in list(_names.items())
-        if weight.dim() >= 2
+        _owner(other.name): tuple(matrix.shape)
+        for matrix, other in list(_homes.items())
+        if other.model == home.model and matrix.dim() >= 2
     }
 
 
@@ -55,7 +73,7 @@ def owners(
 ) -> list[tuple[str, ...]]:
     """Return the projections' qualified names for each owner that may share their graph.
 
-    The owner of ``weights`` comes first. Others follow where a registered model has further
+    The owner of ``weights`` comes first. Others follow where its registered model has further
     modules with weights of the same local names and shapes: its other layers.
     """
     local = [projection.name for projection in projections]
@@ -66,17 +84,16 @@ def owners(
     prefixed = [at for at, name in enumerate(known) if name != local[at]]
     if not prefixed:
         return [tuple(known)]
-    shapes = registered_shapes()
-    others = []
-    for prefix in _prefixes(local[prefixed[0]], shapes):
-        names = [prefix + name if at in prefixed else name for at, name in enumerate(local)]
-        if all(shapes.get(names[at]) == shapes[known[at]] for at in prefixed):
-            others.append(tuple(names))
-    return [tuple(known), *(names for names in others if names != tuple(known))]
-
-
-def _prefixes(local: str, names: Iterable[str]) -> list[str]:
-    return [name.removesuffix(local) for name in names if name.endswith(f".{local}")]
+    first = prefixed[0]
+    shapes = registered_shapes(weights[first])
+    prefixed = [at for at in prefixed if _same_model(weights[at], weights[first])]
+    found = [tuple(known)]
+    for prefix in _prefixes(local[first], shapes):
+        names = [prefix + local[at] if at in prefixed else name for at, name in enumerate(known)]
+        fits = all(shapes.get(names[at]) == shapes[known[at]] for at in prefixed)
+        if fits and tuple(names) not in found:
+            found.append(tuple(names))
+    return found
 
 
 def site_name(node: Node, parameter: Node) -> str:
@@ -95,11 +112,25 @@ def site_name(node: Node, parameter: Node) -> str:
 
 def full_name(name: str, weight: torch.Tensor) -> str:
     """Return ``name`` with the prefix that the registered model gives the owner of ``weight``."""
-    known = registered_name(weight)
-    if known is None:
+    home = _home(weight)
+    if home is None:
         return name
-    owner = _owner(known)
-    return owner if owner == name or owner.endswith(f".{name}") else name
+    owner = _owner(home.name)
+    own = any(full == name or full.endswith(f".{name}") for full in (owner, home.name))
+    return owner if own else name
+
+
+def _home(weight: torch.Tensor | None) -> _Home | None:
+    return None if weight is None else _homes.get(weight)
+
+
+def _same_model(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    homes = _home(one), _home(other)
+    return homes[0] is not None and homes[1] is not None and homes[0].model == homes[1].model
+
+
+def _prefixes(local: str, names: Iterable[str]) -> list[str]:
+    return [name.removesuffix(local) for name in names if name.endswith(f".{local}")]
 
 
 def _owner(parameter: str) -> str:
@@ -110,10 +141,7 @@ def _owner(parameter: str) -> str:
 def _module_path(node: Node) -> str:
     """Return where the call lies: the innermost module's path below the compiled object."""
     stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    path = str(list(stack.values())[-1][0])
-    return re.sub(r"^[LG]\['[^']*'\](?:\.|$)", "", path)
+    return _path(str(list(stack.values())[-1][0])) if stack else ""
 
 
 def _parameter_path(parameter: Node) -> str:
@@ -121,5 +149,21 @@ def _parameter_path(parameter: Node) -> str:
     if parameter.op == "get_attr":
         return str(parameter.target)
     source = str(getattr(getattr(parameter, "_dynamo_source", None), "name", ""))
-    steps = re.findall(r"\.?_(?:modules|parameters|buffers)\['([^']+)'\]|\.([A-Za-z_]\w*)", source)
-    return ".".join(a or b for a, b in steps if (a or b) not in _CONTAINERS)
+    return _path(source) or ".".join(_steps(source)[:1])
+
+
+def _path(source: str) -> str:
+    """Return the dotted path of an expression by which Dynamo reads a module or tensor.
+
+    The variable it starts from is named only where it is a container of several: ``L['self'].q``
+    is ``q``, ``G['layers'][0].q`` is ``layers.0.q``.
+    """
+    steps = _steps(source)
+    is_container = re.match(r"[LG]\[[^\]]*\]\[", source)
+    return ".".join(steps if is_container else steps[1:])
+
+
+def _steps(source: str) -> list[str]:
+    """Return the names and indices in ``source``, that of the variable first."""
+    steps = ("".join(match.groups(default="")) for match in _STEP.finditer(source))
+    return [step for step in steps if step not in _UNNAMED]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .errors import OptionError
 
 MAX_GROUP = 32
+_WRITTEN = re.compile(r"\s*(\d{1,3})\s*:\s*(\d{1,3})\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +24,10 @@ class Pattern:
 
     def __post_init__(self) -> None:
         n, m = self.n, self.m
-        if not (1 <= n <= m <= MAX_GROUP and m & (m - 1) == 0):
+        whole = type(n) is int and type(m) is int
+        if not (whole and 1 <= n <= m <= MAX_GROUP and m & (m - 1) == 0):
             raise OptionError(
-                f"pattern='{n}:{m}' is not an N:M pattern; "
+                f"pattern={n!r}:{m!r} is not an N:M pattern; "
                 f"valid: 1 <= N <= M <= {MAX_GROUP} with M a power of two, such as 2:4, 4:8, 8:16"
             )
 
@@ -46,7 +48,7 @@ class Pattern:
         """
         if isinstance(text, Pattern):
             return text
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text) if isinstance(text, str) else None
+        match = _WRITTEN.fullmatch(text) if isinstance(text, str) else None
         if match is None:
             raise OptionError(f"pattern={text!r} is malformed; write it as 'N:M', such as '2:4'")
         return cls(int(match[1]), int(match[2]))

@@ -1,12 +1,17 @@
 """A plan says what to sparsify: one entry per projection of one model, in a readable file.
 
-    {"format": "amber-plan", "version": 1, "made": {...},
-     "sites": {"model.layers.0.self_attn.q_proj": {"shape": [4096, 4096], "sparse": {...}},
-               "model.layers.0.self_attn.k_proj": {"shape": [1024, 4096], "dense": "the reason"}},
+    {"format": "amber-plan",
+     "version": 1,
+     "made": {...},
+     "sites": {
+      "model.layers.0.self_attn.q_proj": {"shape": [4096, 4096], "sparse": {"pattern": "2:4", ...}},
+      "model.layers.0.self_attn.k_proj": {"shape": [1024, 4096], "dense": "the reason"}
+     },
      "checksum": "sha256:..."}
 
-The names and shapes are the model's fingerprint: a plan refuses a model that differs in either.
-The checksum covers everything else, so a file cut short or edited is noticed and said.
+A site is a line, so two plans compare well with ``diff``. A plan refuses a model whose projections
+have other names or shapes. The checksum covers everything else in the file: if that was cut short,
+or edited in anything but white space, loading it says so.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +31,8 @@ from .settings import Settings
 
 FORMAT = "amber-plan"
 VERSION = 1
+BY_PLAN = "plan: "
+"""Stands before the reason of a projection that stays dense because a plan says so."""
 SHOWN = 5
 """How many differing names an error lists before it counts the rest."""
 
@@ -50,6 +57,10 @@ class Plan:
     sites: Mapping[str, PlannedSite]
     made: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", dict(self.sites))
+        object.__setattr__(self, "made", dict(self.made))
+
     def __hash__(self) -> int:
         return hash(self.fingerprint)
 
@@ -72,9 +83,9 @@ class Plan:
         if wrong:
             rest = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
             raise PlanError(
-                f"the plan belongs to another model: {', '.join(wrong[:SHOWN])}{rest} differ of "
-                f"{len(shapes)} projections. A model compiled in parts has shortened names: "
-                "call amber_compile.register_model(model) first"
+                f"the plan belongs to another model: {len(wrong)} of {len(shapes)} projections "
+                f"differ: {', '.join(wrong[:SHOWN])}{rest}. A model compiled in parts has "
+                "shortened names: call amber_compile.register_model(model) first"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -89,12 +100,13 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to ``path``; what was there survives a failed write."""
-        path = Path(path)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        path = Path(path).resolve()  # a link stays one
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.to_json(), file, indent=1)
-                file.write("\n")
+            with open(draft, "x", encoding="utf-8") as file:
+                file.write(_layout(self.to_json()))
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(draft, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -132,12 +144,26 @@ class Plan:
             )
         body = {key: value for key, value in data.items() if key != "checksum"}
         if data.get("checksum") != _digest(body):
-            raise PlanError(f"{where} was edited or damaged after it was saved: wrong checksum")
+            raise PlanError(
+                f"{where} was edited or damaged after it was saved: wrong checksum. Change a plan "
+                "in Python: Plan({**plan.sites, name: PlannedSite(...)}).save(path)"
+            )
         try:
             sites = {name: _site_from_json(entry) for name, entry in data["sites"].items()}
             return cls(sites, dict(data["made"]))
         except (KeyError, TypeError, ValueError, AttributeError, OptionError) as cause:
             raise PlanError(f"{where} holds an unreadable entry: {cause!r}") from cause
+
+
+def _layout(data: Mapping[str, Any]) -> str:
+    """Write ``data`` as JSON with a line for each key, and one for each site."""
+    sites = ",\n".join(
+        f"  {json.dumps(name)}: {json.dumps(site)}" for name, site in data["sites"].items()
+    )
+    texts = {key: json.dumps(value) for key, value in data.items()} | {"sites": f"{{\n{sites}\n }}"}
+    return (
+        "{\n" + ",\n".join(f" {json.dumps(key)}: {text}" for key, text in texts.items()) + "\n}\n"
+    )
 
 
 def _planned_shape(site: PlannedSite | None) -> str:

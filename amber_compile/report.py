@@ -1,26 +1,23 @@
 """What was rewritten and why: one entry per projection, for each compiled graph.
 
 A backend call leaves a :class:`GraphReport`; :class:`Report` joins those of one model, so that
-every projection stands in its table once. ``str(report)`` is the table.
+every projection stands in its table once. ``str(report)`` is the table (table.py).
 """
 
 from __future__ import annotations
 
-import io
-import json
-from collections import deque
+import math
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from .decision import Decision
-from .plan import Plan, PlannedSite
+from .plan import BY_PLAN, Plan, PlannedSite
+from .table import site_table
 
-KEPT = 64
+KEPT = 512
 """How many compiled graphs :func:`last_reports` remembers."""
 
 _reports: deque[Report] = deque(maxlen=KEPT)
@@ -52,6 +49,25 @@ class Site:
     kernel: str = ""
     error: float | None = None
 
+    def called_again(self, other: Site) -> Site:
+        """Return the site of a projection that the graph calls a second time, as ``other``."""
+        macs = self.macs + other.macs
+        shared = self.macs * self.share + other.macs * other.share
+        shown = self if self.decision.sparse else other
+        return replace(shown, macs=macs, share=shared / macs if macs else 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the site as plain JSON values: ``sparse`` are its settings, or None."""
+        settings = self.decision.settings
+        return {
+            **{name: value for name, value in vars(self).items() if name != "decision"},
+            "shape": list(self.shape),
+            "sparse": settings.to_json() if settings else None,
+            "dense": self.decision.reason,
+            "obstacle": self.decision.obstacle,
+            "error": _number(self.error),
+        }
+
 
 @dataclass
 class GraphReport:
@@ -72,6 +88,11 @@ class GraphReport:
     seconds: float = 0.0
     fallback: str | None = None
     output_error: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the graph's report as plain JSON values."""
+        sites = [site.to_json() for site in self.sites]
+        return {**vars(self), "output_error": _number(self.output_error), "sites": sites}
 
 
 @dataclass
@@ -95,40 +116,37 @@ class Report:
     def coverage(self) -> float:
         """Share of the linear multiply-accumulates that read a sparse activation, 0 to 1.
 
-        Heads are not counted, as in the paper: prefill needs them for the last token only.
+        As in the paper, heads and routers are not counted: prefill needs a head for the last token
+        only, and a router is a thousandth of a layer.
         """
         return self._share(lambda site: site.share)
 
     @property
     def removed(self) -> float:
-        """Share of the linear multiply-accumulates (but the heads') that meet a dropped zero."""
-        return self._share(
-            lambda site: (
-                site.share * (1 - site.decision.settings.pattern.density)
-                if site.decision.settings
-                else 0.0
-            )
-        )
+        """Share of the same multiply-accumulates that meet a dropped zero, 0 to 1."""
+        return self._share(lambda site: site.share * (1 - site.decision.density))
 
     def _share(self, part: Callable[[Site], float]) -> float:
-        counted = [site for site in self.sites if site.role != "head"]
+        counted = [site for site in self.sites if site.role not in ("head", "router")]
         total = sum(site.macs for site in counted)
         return sum(site.macs * part(site) for site in counted) / total if total else 0.0
 
     def plan(self, **made: str) -> Plan:
         """Return these decisions as a plan that can be saved, compared and used again."""
-        sites = {
-            site.name: PlannedSite(site.shape, site.decision.settings or str(site.decision.reason))
-            for site in self.sites
-        }
+        sites = {}
+        for site in self.sites:
+            reason = str(site.decision.reason).removeprefix(BY_PLAN)
+            sites[site.name] = PlannedSite(site.shape, site.decision.settings or reason)
         return Plan(sites, {"amber": _version(), **made})
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
         return {
+            "amber": _version(),
             "coverage": self.coverage,
             "removed": self.removed,
-            "graphs": [json.loads(json.dumps(asdict(graph), default=str)) for graph in self.graphs],
+            "sites": [site.to_json() for site in self.sites],
+            "graphs": [graph.to_json() for graph in self.graphs],
         }
 
     @classmethod
@@ -138,30 +156,21 @@ class Report:
 
     def summary(self) -> str:
         """Return the report in one line."""
+        if not self.graphs:
+            return "no graph was compiled"
         sparse = sum(site.decision.sparse for site in self.sites)
-        phases = ", ".join(graph.phase for graph in self.graphs)
+        phases = Counter(graph.phase for graph in self.graphs)
         line = (
             f"{sparse} of {len(self.sites)} projections sparse, {self.coverage:.1%} of linear MACs "
-            f"covered, {self.removed:.1%} removed ({phases})"
+            f"covered, {self.removed:.1%} removed; graphs: "
+            + ", ".join(f"{count} {phase}" for phase, count in phases.items())
         )
         failures = [graph.fallback for graph in self.graphs if graph.fallback]
-        return f"{line}; runs dense: {failures[0]}" if failures else line
+        return f"{line}; runs dense: {' '.join(failures[0].split())}" if failures else line
 
     def __str__(self) -> str:
-        table = Table(title=f"Amber: {self.summary()}", title_justify="left")
-        for heading in ("projection", "weight", "decision", "kernel"):
-            table.add_column(heading, overflow="fold")
-        measured = any(site.error is not None for site in self.sites)
-        if measured:
-            table.add_column("error", justify="right")
-        for site in self.sites:
-            row = [site.name, "x".join(map(str, site.shape)), str(site.decision), site.kernel]
-            if measured:
-                row.append("" if site.error is None else f"{site.error:.4f}")
-            table.add_row(*row)
-        out = io.StringIO()
-        Console(file=out, width=120).print(table)
-        return out.getvalue()
+        title = f"Amber: {self.summary()}"
+        return f"{title}\n\n{site_table(self.sites)}" if self.sites else title
 
 
 def last_reports() -> list[Report]:
@@ -177,6 +186,11 @@ def record(report: Report) -> None:
 def clear_reports() -> None:
     """Empty :func:`last_reports`."""
     _reports.clear()
+
+
+def _number(value: float | None) -> float | str | None:
+    """Return what JSON has for ``value``: it knows neither infinity nor NaN."""
+    return value if value is None or math.isfinite(value) else str(value)
 
 
 def _version() -> str:

@@ -1,9 +1,9 @@
-"""The rule that decides which projections to sparsify where no plan does.
+"""What the options say of a projection: ``skip``, then the plan, or ``projections``, or the rule.
 
-A projection's *role* comes from its name (``presets/roles.json``), the choice from its role and
-layer (Amber Pruner, arXiv 2508.02128, layer skipping): down_proj always; q_proj and gate_proj
-except in the layers that the paper lists for a model (``presets/paper.json``, recognised by its
-shapes); everything else never.
+The rule decides where neither a plan nor the user does. A projection's *role* comes from its name
+(``presets/roles.json``), the choice from its role and layer (Amber Pruner, arXiv 2508.02128, layer
+skipping): down_proj always; q_proj and gate_proj except in the layers that the paper lists for a
+model (``presets/paper.json``, recognised by its shapes); everything else never.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib import resources
 from typing import Any
 
 from .config import AmberConfig
+from .plan import BY_PLAN, Plan
 from .projection import Projection
 from .settings import Settings
 
@@ -34,7 +35,7 @@ class ModelPreset:
     vocabulary: int
     dense_layers: frozenset[int]
 
-    def matches(self, sites: Shapes, parameters: Iterable[tuple[int, ...]]) -> bool:
+    def matches(self, sites: Shapes, parameters: Collection[tuple[int, ...]]) -> bool:
         """Whether projections ``sites`` and all parameter shapes are those of this model."""
         found: dict[str, set[tuple[int, ...]]] = {}
         layers = set()
@@ -50,21 +51,21 @@ class ModelPreset:
 
 @dataclass(frozen=True)
 class Rule:
-    """What the options say about a projection: ``skip``, then ``projections``, then the roles."""
+    """What the options say where no plan does."""
 
     config: AmberConfig
     preset: ModelPreset | None = None
 
     def choose(self, projection: Projection) -> Settings | str:
         """Return how ``projection`` is sparsified, or why it stays dense."""
-        name = projection.name
-        for pattern in self.config.skip:
-            if fnmatchcase(name, pattern):
-                return f"skip={pattern!r}"
-        if self.config.projections is not None:
-            if any(fnmatchcase(name, pattern) for pattern in self.config.projections):
-                return self._settings(name)
-            return f"not among projections={list(self.config.projections)}"
+        name, listed = projection.name, self.config.projections
+        skipped = first_match(name, self.config.skip)
+        if skipped is not None:
+            return f"skip={skipped!r}"
+        if listed is not None:
+            if first_match(name, listed) is None:
+                return f"not among projections={list(listed)}"
+            return self._settings(name)
         reason = self._why_dense(projection)
         if reason is None and role_of(name) in _roles()["fused gate"]:
             return replace(self._settings(name), part="gate")
@@ -72,7 +73,7 @@ class Rule:
 
     def _settings(self, name: str) -> Settings:
         settings = self.config.settings
-        if role_of(name).startswith("expert") and settings.score == "robust_norm":
+        if "experts" in name.split(".") and settings.score == "robust_norm":
             return replace(settings, score="weight_norm")  # tokens are routed: no Robust-Norm
         return settings
 
@@ -90,9 +91,33 @@ class Rule:
         return None
 
 
-def find_preset(sites: Shapes, parameters: Iterable[tuple[int, ...]]) -> ModelPreset | None:
+@dataclass(frozen=True)
+class Planned:
+    """What a plan says, but for what ``skip`` names."""
+
+    plan: Plan
+    skip: Iterable[str]
+
+    def choose(self, projection: Projection) -> Settings | str:
+        """Return how ``projection`` is sparsified, or why it stays dense."""
+        skipped = first_match(projection.name, self.skip)
+        if skipped is not None:
+            return f"skip={skipped!r}"
+        choice = self.plan.sites[projection.name].choice
+        return f"{BY_PLAN}{choice}" if isinstance(choice, str) else choice
+
+
+def first_match(name: str, patterns: Iterable[str]) -> str | None:
+    """Return the first of some fnmatch patterns that ``name`` matches.
+
+    ``*.q_proj`` matches ``q_proj`` too: the name in an attention layer compiled on its own.
+    """
+    matches = (one for one in patterns if fnmatchcase(name, one) or fnmatchcase(f".{name}", one))
+    return next(matches, None)
+
+
+def find_preset(sites: Shapes, parameters: Collection[tuple[int, ...]]) -> ModelPreset | None:
     """Return the model of the paper that has these shapes, if it is one."""
-    parameters = list(parameters)
     return next((preset for preset in _presets() if preset.matches(sites, parameters)), None)
 
 

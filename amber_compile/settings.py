@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from .errors import OptionError, choices
+from .errors import OptionError, choices, whole_number
 from .pattern import Pattern
 
 SCORES = ("magnitude", "weight_norm", "robust_norm")
 CORRECTIONS = ("norm", "variance")
+FAST = Pattern(2, 4)
+"""The pattern that sparse tensor cores execute, and so the default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,7 @@ class Settings:
     """Everything that decides which channels of a site survive and what becomes of them.
 
     Attributes:
-        pattern: N of every M consecutive input channels are kept.
+        pattern: N of every M consecutive input channels are kept; "N:M" is read as one.
         score: ``magnitude``, ``weight_norm`` or ``robust_norm``.
         correction: ``None``, ``"norm"`` or ``"variance"``: the per-token rescale of kept values.
         dense_prefix: tokens at the start of every sequence that are left dense.
@@ -28,41 +30,42 @@ class Settings:
         OptionError: if a value is not one of these.
     """
 
-    pattern: Pattern = Pattern(2, 4)
+    pattern: Pattern = FAST
     score: str = "weight_norm"
     correction: str | None = None
     dense_prefix: int = 0
     part: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", Pattern.parse(self.pattern))
         if self.score not in SCORES:
             raise OptionError(choices("score", self.score, SCORES))
-        if self.correction is not None and self.correction not in CORRECTIONS:
-            raise OptionError(choices("correction", self.correction, ("None", *CORRECTIONS)))
-        if type(self.dense_prefix) is not int or self.dense_prefix < 0:
-            raise OptionError(f"dense_prefix={self.dense_prefix!r} must be a whole number >= 0")
+        if self.correction not in (None, *CORRECTIONS):
+            raise OptionError(choices("correction", self.correction, (None, *CORRECTIONS)))
+        prefix = whole_number("dense_prefix", self.dense_prefix, 0)
+        object.__setattr__(self, "dense_prefix", prefix)
         if self.part not in (None, "gate"):
-            raise OptionError(choices("part", self.part, ("None", "gate")))
+            raise OptionError(choices("part", self.part, (None, "gate")))
 
     def __str__(self) -> str:
-        parts = [str(self.pattern), self.score]
+        return f"{self.pattern}, {self.how}"
+
+    @property
+    def how(self) -> str:
+        """Everything but the pattern, in words."""
+        parts = [self.score]
         if self.correction:
             parts.append(f"{self.correction} correction")
         if self.dense_prefix:
-            parts.append(f"first {self.dense_prefix} tokens dense")
+            parts.append(f"dense prefix {self.dense_prefix}")
         if self.part:
             parts.append(f"{self.part} half only")
         return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
-        return {
-            "pattern": str(self.pattern),
-            "score": self.score,
-            "correction": self.correction,
-            "dense_prefix": self.dense_prefix,
-            "part": self.part,
-        }
+        values = {setting.name: getattr(self, setting.name) for setting in fields(self)}
+        return {**values, "pattern": str(self.pattern)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Settings:
@@ -71,8 +74,8 @@ class Settings:
         Raises:
             OptionError: if a key is unknown or a value is invalid.
         """
-        known = {"pattern", "score", "correction", "dense_prefix", "part"}
+        known = [setting.name for setting in fields(cls)]
         for key in data:
             if key not in known:
                 raise OptionError(choices("site setting", key, known))
-        return cls(**{**data, "pattern": Pattern.parse(data.get("pattern", "2:4"))})
+        return cls(**data)

@@ -10,20 +10,19 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch._dynamo.exc import RestartAnalysis
 from torch.fx import GraphModule
 
+from .analysis import Analysis, Decisions, Names
 from .binding import Binding, Compiled, Variant
-from .check import Checked
 from .config import AmberConfig
-from .errors import OptionError, RewriteError
-from .graph import copy_graph
-from .naming import full_name
-from .report import GraphReport, Site
-from .rewrite import Analysis, Decisions, Names, rewrite
+from .decision import blocked
+from .errors import RewriteError
+from .owners import Built, Owners
+from .report import GraphReport
+from .rewrite import rewrite
 from .settings import Settings
 
 Inner = Callable[[GraphModule, Sequence[Any], AmberConfig, bool], Compiled]
@@ -40,60 +39,34 @@ def compile_variants(analysis: Analysis, inner: Inner, report: GraphReport) -> C
     """
     started = time.perf_counter()
     owners = {names: analysis.decisions(names) for names in analysis.names}
-    if analysis.config.strict:
-        _refuse_obstacles(owners)
+    _tell_obstacles(analysis, owners)
     report.seconds += time.perf_counter() - started
-    report.sites = analysis.sites(analysis.names[0], owners[analysis.names[0]])
-    variants: dict[Sequence[Settings | None], Variant] = {}
+    variants: dict[Sequence[Settings | None], Built] = {}
     for decisions in owners.values():
         if _key(decisions) not in variants:
             variants[_key(decisions)] = _compile(analysis, decisions, inner, report)
-    if len(owners) == 1 and not any(variant.derived for variant in variants.values()):
-        return next(iter(variants.values())).compiled
-    choose = _Owners(
-        local=tuple(projection.name for projection in analysis.projections),
-        variants={names: variants[_key(decisions)] for names, decisions in owners.items()},
-        sites={names: analysis.sites(names, decisions) for names, decisions in owners.items()},
-        dense=copy_graph(analysis.gm)[0].forward if len(owners) > 1 else None,
-        report=report,
-    )
-    return Binding(analysis.positions, choose)
+    built = {names: variants[_key(decisions)] for names, decisions in owners.items()}
+    sites = {
+        names: analysis.sites(names, _kept(decisions, built[names].failure))
+        for names, decisions in owners.items()
+    }
+    first = built[analysis.names[0]]
+    settled = len(owners) == 1 or not any(settings for key in variants for settings in key)
+    if settled and first.twin is None and not first.variant.derived:
+        report.sites = list({site.name: site for own in sites.values() for site in own}.values())
+        return first.variant.compiled
+    report.sites = list(sites[analysis.names[0]])
+    choose = Owners(analysis, built, sites, report)
+    return Binding(choose.watched, choose, choose.dense)
 
 
-@dataclass(frozen=True)
-class _Owners:
-    """Tell whose weights a call brings, and so which variant it runs; holds no weight itself."""
-
-    local: Names
-    variants: Mapping[Names, Variant]
-    sites: Mapping[Names, Sequence[Site]]
-    dense: Compiled | None
-    report: GraphReport
-
-    def __call__(self, weights: Sequence[torch.Tensor]) -> Variant:
-        if self.dense is None:
-            return next(iter(self.variants.values()))
-        names = tuple(map(full_name, self.local, weights))
-        if names not in self.variants:
-            warnings.warn(
-                f"amber: {names[0]} and its neighbours belong to no registered model: they run "
-                "dense and uncompiled. Call amber_compile.register_model(model) before compiling",
-                stacklevel=2,
-            )
-            return Variant(self.dense)
-        known = {site.name for site in self.report.sites}
-        self.report.sites += [site for site in self.sites[names] if site.name not in known]
-        return self.variants[names]
-
-
-def _compile(
-    analysis: Analysis, decisions: Decisions, inner: Inner, report: GraphReport
-) -> Variant:
+def _compile(analysis: Analysis, decisions: Decisions, inner: Inner, report: GraphReport) -> Built:
     """Compile the graph under ``decisions``; dense, and said so, if that fails."""
+    failure = None
     if any(decision.sparse for decision in decisions):
         try:
             return _compile_sparse(analysis, decisions, inner, report)
-        except OptionError:
+        except RestartAnalysis:  # Dynamo will enter again, knowing more
             raise
         except Exception as cause:
             if analysis.config.strict:
@@ -104,36 +77,50 @@ def _compile(
                 f"({report.fallback})",
                 stacklevel=2,
             )
-    return Variant(inner(analysis.gm, analysis.inputs, analysis.config, False))
+            failure = f"the rewritten graph does not compile ({report.fallback})"
+    compiled = inner(analysis.gm, analysis.inputs, analysis.config, False)
+    return Built(Variant(compiled), failure)
 
 
 def _compile_sparse(
     analysis: Analysis, decisions: Decisions, inner: Inner, report: GraphReport
-) -> Variant:
+) -> Built:
     started = time.perf_counter()
     rewritten = rewrite(analysis, decisions)
+    # The compiler owns what it is given, and may change it.
+    twin = rewrite(analysis, decisions) if analysis.config.check else None
     report.seconds += time.perf_counter() - started
-    report.rewritten = max(report.rewritten, len(rewritten.sites))
     inputs = [*analysis.inputs, *rewritten.values]
     compiled = inner(rewritten.gm, inputs, analysis.config, True)
-    if analysis.config.check:
-        twin = rewrite(analysis, decisions)  # the compiler owns the other, and may change it
-        compiled = Checked(compiled, copy_graph(analysis.gm)[0], twin, report)
-    return Variant(compiled, rewritten.derived)
+    report.rewritten = max(report.rewritten, len(rewritten.sites))
+    return Built(Variant(compiled, rewritten.derived), twin=twin)
 
 
-def _refuse_obstacles(owners: Mapping[Names, Decisions]) -> None:
-    """Raise for the sites that were planned sparse and cannot be."""
+def _kept(decisions: Decisions, failure: str | None) -> Decisions:
+    """Return what became of ``decisions`` in a variant that may have failed to compile."""
+    if failure is None:
+        return decisions
+    return tuple(blocked(failure) if decision.sparse else decision for decision in decisions)
+
+
+def _tell_obstacles(analysis: Analysis, owners: Mapping[Names, Decisions]) -> None:
+    """Raise under ``strict=True`` for what was planned sparse and cannot be; warn of gradients."""
     obstacles = [
         f"{name}: {decision.reason}"
         for names, decisions in owners.items()
         for name, decision in zip(names, decisions, strict=True)
         if decision.obstacle
     ]
-    if obstacles:
+    if obstacles and analysis.config.strict:
         raise RewriteError(
             f"strict=True, and {len(obstacles)} planned projections cannot be sparsified: "
             + "; ".join(obstacles[:5])
+        )
+    if obstacles and analysis.needs_grad:
+        warnings.warn(
+            "amber: the graph needs gradients, so it stays dense: call the model under "
+            "torch.no_grad() or torch.inference_mode()",
+            stacklevel=2,
         )
 
 

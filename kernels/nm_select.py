@@ -191,6 +191,12 @@ def _nm_select_cpu(
     return launch(library, x, factor, n, m, correction, dense_prefix, offsets)
 
 
+def kernel_for(x: torch.Tensor) -> str:
+    """Name what selects from tensors like ``x``, for a report: "C++" or "reference"."""
+    fast = x.device.type == "cpu" and x.dtype in ENTRIES and cpu_library() is not None
+    return "C++" if fast else "reference"
+
+
 # ---- operator ------------------------------------------------------------------------------------
 
 

@@ -6,15 +6,15 @@
     sparsify_projections    an N:M selection in front of each projection decided sparse
     verify                  the graph still means what it records
 
-All sites are analysed before any is changed, on a copy of the graph: ``amber_compile/rewrite.py``
-runs them in this order.
+They run in this order. The first three look (``amber_compile/analysis.py``); then a copy of the
+graph is changed and verified (``amber_compile/rewrite.py``).
 """
 
-from .classify_phase import Phase, classify_phase
-from .decide import decide
-from .find_projections import find_projections
-from .sparsify_projections import FactorInput, Sparsified, sparsify_projections
-from .verify import verify
+from amber_compile.passes.classify_phase import Phase, classify_phase
+from amber_compile.passes.decide import decide
+from amber_compile.passes.find_projections import find_projections
+from amber_compile.passes.sparsify_projections import FactorInput, Sparsified, sparsify_projections
+from amber_compile.passes.verify import verify
 
 __all__ = [
     "FactorInput",

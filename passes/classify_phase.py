@@ -7,16 +7,18 @@
 Dynamo gives size 1 a graph of its own, so a symbolic S is never 1. The phase belongs to the graph:
 flattened sites (OPT's MLP, experts) and the latent keys of MLA, which span the whole cache even in
 decode, cannot be told apart one by one. The *first* site votes, since ``lm_head`` may see the last
-token only.
+token only. Experts never vote: the three dimensions of their input are no batch and no sequence.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from amber_compile.projection import Projection, fake
 
@@ -27,9 +29,9 @@ RESHAPES = {"view", "reshape", "flatten", "contiguous"}
 def classify_phase(projections: Sequence[Projection]) -> Phase:
     """Return the phase of the graph that holds ``projections`` (in execution order)."""
     for projection in projections:
-        origin = reshapes_of(projection.x)[0]
-        if fake(origin).dim() == 3:
-            return "decode" if fake(origin).shape[1] == 1 else "prefill"
+        origin = fake(reshapes_of(projection.x)[0])
+        if origin.dim() == 3 and len(projection.shape) == 2:
+            return "decode" if statically_known_true(origin.shape[1] == 1) else "prefill"
     return "unknown"
 
 
@@ -38,13 +40,22 @@ def token_hints(projections: Sequence[Projection]) -> list[int]:
 
     The first is the number of tokens of the graph; experts have a row per routed token.
     """
-    return [_hint(fake(projection.x).shape[:-1].numel()) for projection in projections]
+    return [_hint(_rows(projection)) for projection in projections]
 
 
 def fixed_tokens(projections: Sequence[Projection]) -> int | None:
     """Return the number of tokens of the graph, or None where it is symbolic."""
-    rows = fake(projections[0].x).shape[:-1].numel()
+    rows = _rows(projections[0])
     return rows if isinstance(rows, int) else None
+
+
+def _rows(projection: Projection) -> int | torch.SymInt:
+    """Return the tokens of the input, in rows or columns.
+
+    Not by ``Size.numel``, which fixes every symbolic size.
+    """
+    elements: int | torch.SymInt = math.prod(fake(projection.x).shape)
+    return elements // projection.channels
 
 
 def _hint(size: int | torch.SymInt) -> int:

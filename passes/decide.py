@@ -1,7 +1,8 @@
 """Decide each projection: sparse with which settings, or dense for which reason.
 
 What is planned comes first (``choose``: a plan or the rule), then what stands in its way, then
-what keeps it dense at run time. Every refusal is a sentence for the report.
+what keeps it dense at run time. Every refusal is a sentence for the report. A site that reads a
+selection already stays as it is, so that a rewritten graph may be rewritten again.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.fx import Node
 
+import amber_compile.kernels  # noqa: F401  # registers torch.ops.amber
 from amber_compile.decision import Decision, blocked, dense, sparse
+from amber_compile.passes.classify_phase import RESHAPES, Phase, reshapes_of
 from amber_compile.projection import Projection, fake
 from amber_compile.settings import Settings
-
-from .classify_phase import Phase, reshapes_of
 
 Choose = Callable[[Projection], Settings | str]
 """The plan or rule: how a projection is sparsified, or why it stays dense."""
@@ -45,6 +47,8 @@ def decide(
     choice = choose(projection)
     if isinstance(choice, str):
         return dense(choice)
+    if is_selected(projection.x):
+        return dense("its input is already a selection")
     if phase == "decode":
         return dense("decode: one token a sequence")
     obstacle = why_not(projection, choice)
@@ -59,10 +63,9 @@ def decide(
 
 def why_not(projection: Projection, settings: Settings) -> str | None:
     """Return what prevents a planned projection from being sparsified, or None."""
-    weight = fake(projection.weight)
-    x = fake(projection.x)
     if projection.unsupported:
         return projection.unsupported
+    weight, x = fake(projection.weight), fake(projection.x)
     if weight.device.type == "meta":
         return "its weight is a meta tensor and holds no values"
     if weight.device.type not in DEVICES:
@@ -73,6 +76,8 @@ def why_not(projection: Projection, settings: Settings) -> str | None:
         return f"dtype {x.dtype} x {weight.dtype}; valid: {', '.join(map(str, DTYPES))}"
     if projection.channels % settings.pattern.m:
         return f"K = {projection.channels} is not a multiple of M = {settings.pattern.m}"
+    if (*projection.node.args, *projection.node.kwargs.values()).count(projection.x) > 1:
+        return "its input is also what the product is added to"
     if settings.part == "gate" and projection.gate_rows is None:
         return "part='gate' is planned, but the graph does not show a gate and an up half"
     if settings.dense_prefix and not _shows_sequence(projection):
@@ -80,10 +85,18 @@ def why_not(projection: Projection, settings: Settings) -> str | None:
     return None
 
 
+def is_selected(x: Node) -> bool:
+    """Whether ``x`` is a selection, seen through reshapes."""
+    while x.op == "call_method" and x.target in {*RESHAPES, "view_as"}:
+        x = x.all_input_nodes[0]
+    return x.target is torch.ops.amber.nm_select.default
+
+
 def _shows_sequence(projection: Projection) -> bool:
-    origin = fake(reshapes_of(projection.x)[0])
-    return origin.dim() >= 3 and len(projection.shape) == 2
+    """Whether the input is ``[B, S, K]``, or was before it was flattened."""
+    return fake(reshapes_of(projection.x)[0]).dim() == 3 and len(projection.shape) == 2
 
 
 def _is_subclass(weight: torch.Tensor) -> bool:
+    """Whether a weight consists of other tensors: quantised, or a DTensor."""
     return torch.utils._python_dispatch.is_traceable_wrapper_subclass(weight)

@@ -5,100 +5,107 @@
     y = grouped_mm(x, w, offs)   ->  Projection("model.layers.0.mlp.experts.down_proj", x, w, ...)
 
 Nothing is skipped: a spelling that cannot be sparsified is a projection with its reason, so that
-a report accounts for every linear of a model. Matmuls of two activations (attention) are none.
+a report accounts for every linear of a model. Matmuls of two activations (attention) or of two
+parameters are none. A projection inside a child graph is named by the call of that graph and by the
+parameter passed in, so that layers which share a compiled region are told apart.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from amber_compile.naming import site_name
+from amber_compile.passes.fused_gate import gate_rows
+from amber_compile.passes.weight_operand import WeightOperand, operation, weight_operands
 from amber_compile.projection import Projection, fake
 
-from .fused_gate import gate_rows
-from .weight_operand import WeightOperand, trace_weight
-
 aten = torch.ops.aten
-Reader = Callable[[Node], tuple[Any, Any, bool]]
-"""From a node: the activation, the weight, and whether that is laid out ``[K, N]``."""
+Weights = Mapping[Node, WeightOperand]
 
 
-def _at(first: int, *, kn: bool) -> Reader:
-    """Read activation and weight from arguments ``first`` and ``first + 1``."""
-    return lambda node: (_argument(node, first), _argument(node, first + 1), kn)
+class Spelling(NamedTuple):
+    """Where a matmul takes its activation and its weight, and whether that is laid out [K, N]."""
+
+    x: int
+    weight: int
+    kn: bool
 
 
-def _weight_first(first: int) -> Reader:
-    """Read ``bmm(weight, x)``: a weight gathered for each token, times column vectors."""
-    return lambda node: (_argument(node, first + 1), _argument(node, first), False)
-
-
-SPELLINGS: dict[Any, Reader] = {
-    torch._C._nn.linear: _at(0, kn=False),
-    torch.nn.functional.linear: _at(0, kn=False),
-    aten.linear.default: _at(0, kn=False),
-    torch.addmm: _at(1, kn=True),
-    aten.addmm.default: _at(1, kn=True),
-    torch.baddbmm: _at(1, kn=True),
-    **{target: _at(0, kn=True) for target in (torch.mm, torch.bmm, torch.matmul)},
-    **{target: _at(0, kn=True) for target in (operator.matmul, torch._grouped_mm)},
-    **{target.default: _at(0, kn=True) for target in (aten.mm, aten.bmm, aten.matmul)},
+LINEAR, MATMUL, ADDMM = Spelling(0, 1, kn=False), Spelling(0, 1, kn=True), Spelling(1, 2, kn=True)
+WEIGHT_FIRST = Spelling(1, 0, kn=False)
+SPELLINGS: dict[Any, Spelling] = {
+    **dict.fromkeys((torch._C._nn.linear, torch.nn.functional.linear, aten.linear.default), LINEAR),
+    **dict.fromkeys((torch.mm, aten.mm.default, "mm"), MATMUL),
+    **dict.fromkeys((torch.bmm, aten.bmm.default, "bmm"), MATMUL),
+    **dict.fromkeys((torch.matmul, aten.matmul.default, "matmul"), MATMUL),
+    **dict.fromkeys((operator.matmul, "__matmul__"), MATMUL),
+    **dict.fromkeys((torch.addmm, aten.addmm.default, "addmm"), ADDMM),
+    **dict.fromkeys((torch.baddbmm, aten.baddbmm.default, "baddbmm"), ADDMM),
 }
-SPLITTABLE = {torch._C._nn.linear, torch.nn.functional.linear, aten.linear.default}
-METHODS = {"matmul": 0, "mm": 0, "bmm": 0, "__matmul__": 0, "addmm": 1, "baddbmm": 1}
+KEYWORDS = {0: ("input", "self"), 1: ("weight", "mat2", "other", "mat1", "batch1")}
+KEYWORDS_OF_THREE = {1: ("mat1", "batch1"), 2: ("mat2", "batch2")}
 GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
-EINSUM = {torch.einsum, torch.functional.einsum, torch.tensordot, torch.nn.functional.bilinear}
+OPAQUE = {
+    *("einsum", "tensordot", "inner", "bilinear", "multi_dot", "linalg_multi_dot"),
+    *("multi_head_attention_forward", "_transformer_encoder_layer_fwd"),
+}
+"""Operations that multiply by parameters without showing what is contracted with what."""
 
 
 def find_projections(gm: GraphModule) -> list[Projection]:
     """Return the projections of ``gm`` in execution order, child graphs included."""
-    return list(_walk(gm, nested=False))
+    return list(_walk(gm, weight_operands(gm.graph)))
 
 
-def _walk(gm: GraphModule, nested: bool) -> Iterator[Projection]:
+def _walk(gm: GraphModule, weights: Weights) -> Iterator[Projection]:
     for node in gm.graph.nodes:
         if node.op in ("call_function", "call_method"):
-            yield from _match(node, nested)
+            yield from _match(node, weights)
         for child in _child_graphs(gm, node):
-            yield from _walk(child, nested=True)
+            passed = _passed(node, child, weights)
+            for projection in _walk(child, weight_operands(child.graph, passed)):
+                yield replace(
+                    projection,
+                    name=site_name(node, projection.weight),
+                    unsupported="it lies inside a nested graph (a checkpoint, a condition or a "
+                    "compiled region)",
+                )
 
 
-def _match(node: Node, nested: bool) -> Iterator[Projection]:
-    if node.target in EINSUM:
-        yield from _einsum(node)
+def _match(node: Node, weights: Weights) -> Iterator[Projection]:
+    if operation(node) in OPAQUE:
+        yield from _opaque(node, weights)
         return
-    for reader in _readers(node):
-        x, operand, kn = reader(node)
-        weight = trace_weight(operand) if isinstance(operand, Node) else None
-        if weight is None or not isinstance(x, Node) or trace_weight(x) is not None:
-            continue
-        yield _projection(node, x, weight, kn, nested)
-        return
+    for spelling in _spellings(node):
+        x, weight = _argument(node, spelling.x), _argument(node, spelling.weight)
+        if isinstance(x, Node) and x not in weights and _is_matrix(weight, weights):
+            yield _projection(node, x, weights[weight], spelling)
+            return
 
 
-def _readers(node: Node) -> Iterator[Reader]:
+def _spellings(node: Node) -> Iterator[Spelling]:
     """Yield the ways in which ``node`` may be a projection, the likeliest first."""
-    if node.op == "call_method":
-        if node.target in METHODS:
-            yield _at(METHODS[str(node.target)], kn=True)
+    if operation(node) in GROUPED:
+        yield MATMUL
     elif node.target in SPELLINGS:
         yield SPELLINGS[node.target]
-    elif _is_grouped(node.target):
-        yield _at(0, kn=True)
-    if node.target in (torch.bmm, aten.bmm.default, torch.matmul, operator.matmul, "bmm"):
-        yield _weight_first(0)
+        if SPELLINGS[node.target] is MATMUL:
+            yield WEIGHT_FIRST
 
 
-def _projection(node: Node, x: Node, weight: WeightOperand, kn: bool, nested: bool) -> Projection:
+def _projection(node: Node, x: Node, weight: WeightOperand, spelling: Spelling) -> Projection:
     shape = tuple(fake(weight.parameter).shape)
-    transposed = kn != weight.transposed
+    transposed = spelling.kn != weight.transposed
     if transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
+    splittable = spelling is LINEAR or operation(node) in GROUPED
     return Projection(
         name=site_name(node, weight.parameter),
         node=node,
@@ -107,48 +114,50 @@ def _projection(node: Node, x: Node, weight: WeightOperand, kn: bool, nested: bo
         shape=shape,
         transposed=transposed,
         operator=_spelling(node),
-        gate_rows=gate_rows(node)
-        if node.target in SPLITTABLE or _is_grouped(node.target)
-        else None,
-        unsupported=_why_unsupported(node, x, weight, nested),
+        gate_rows=gate_rows(node) if splittable else None,
+        unsupported=_why_unsupported(node, weight, spelling),
     )
 
 
-def _why_unsupported(node: Node, x: Node, weight: WeightOperand, nested: bool) -> str | None:
+def _why_unsupported(node: Node, weight: WeightOperand, spelling: Spelling) -> str | None:
     """Return why this spelling cannot be sparsified, or None if it can."""
-    if nested:
-        return "it lies inside a nested graph (a checkpoint, a condition or a compiled region)"
+    dimensions = fake(weight.parameter).dim()
     if weight.derived:
         return f"its weight is computed from a parameter ({weight.derived})"
-    if fake(weight.parameter).dim() not in (2, 3):
-        return f"its weight has {fake(weight.parameter).dim()} dimensions"
-    if _weight_is_left(node, x):
-        return "the weight is the left operand of the matmul (one weight gathered per token)"
+    if spelling is WEIGHT_FIRST:
+        return "its weight is the left operand, so the channels of x are not its last dimension"
+    if dimensions > 3:
+        return f"its weight has {dimensions} dimensions"
+    if weight.picked:
+        return "its weight is taken out of a stack of matrices, in whatever order"
+    if dimensions == 3 and "offs" not in node.kwargs:
+        return "its weight is a stack of matrices, and only grouped_mm says which rows meet which"
     return None
 
 
-def _weight_is_left(node: Node, x: Node) -> bool:
-    """Whether an argument before ``x`` is a stack of weights: ``bmm(w[experts], x)``."""
-    before = list(node.args[: node.args.index(x)]) if x in node.args else []
-    return any(isinstance(one, Node) and fake(one).dim() == 3 for one in before)
-
-
-def _einsum(node: Node) -> Iterator[Projection]:
-    operands = [arg for arg in node.all_input_nodes if isinstance(arg, Node)]
-    for operand in operands:
-        weight = trace_weight(operand)
-        others = [other for other in operands if other is not operand]
-        if weight is not None and others and fake(weight.parameter).dim() >= 2:
+def _opaque(node: Node, weights: Weights) -> Iterator[Projection]:
+    """Yield a projection for each matrix among the arguments, if there is an activation too."""
+    activations = [one for one in node.all_input_nodes if one not in weights]
+    for operand in node.all_input_nodes:
+        if activations and _is_matrix(operand, weights):
+            parameter = weights[operand].parameter
             yield Projection(
-                name=site_name(node, weight.parameter),
+                name=site_name(node, parameter),
                 node=node,
-                x=others[0],
-                weight=weight.parameter,
-                shape=tuple(fake(weight.parameter).shape),
+                x=activations[0],
+                weight=parameter,
+                shape=tuple(fake(parameter).shape),
                 transposed=False,
                 operator=_spelling(node),
-                unsupported=f"{_spelling(node)} does not say which dimension is contracted",
+                unsupported=f"{_spelling(node)} does not show which dimension is contracted",
             )
+
+
+def _is_matrix(operand: Any, weights: Weights) -> bool:
+    """Whether ``operand`` is made from a parameter of at least two dimensions."""
+    if not isinstance(operand, Node) or operand not in weights:
+        return False
+    return fake(weights[operand].parameter).dim() >= 2
 
 
 def _child_graphs(gm: GraphModule, node: Node) -> Iterator[GraphModule]:
@@ -160,18 +169,20 @@ def _child_graphs(gm: GraphModule, node: Node) -> Iterator[GraphModule]:
                 yield child
 
 
+def _passed(node: Node, child: GraphModule, weights: Weights) -> dict[Node, WeightOperand]:
+    """Return which inputs of ``child`` are weights: its inputs are the last that ``node`` has."""
+    inputs = child.graph.find_nodes(op="placeholder")
+    arguments = tree_leaves(node.args)[-len(inputs) :] if inputs else []
+    pairs = zip(inputs, arguments, strict=False)
+    return {inside: weights[outside] for inside, outside in pairs if outside in weights}
+
+
 def _argument(node: Node, position: int) -> Any:
     """Return a positional argument, or the keyword that torch gives it."""
     if position < len(node.args):
         return node.args[position]
-    keywords = {0: ("input", "self"), 1: ("weight", "mat2", "other", "mat1"), 2: ("mat2",)}
+    keywords = KEYWORDS_OF_THREE if SPELLINGS.get(node.target) is ADDMM else KEYWORDS
     return next((node.kwargs[key] for key in keywords[position] if key in node.kwargs), None)
-
-
-def _is_grouped(target: Any) -> bool:
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target.overloadpacket).split(".")[-1] in GROUPED
-    return getattr(target, "__name__", "") in GROUPED
 
 
 def _spelling(node: Node) -> str:

@@ -1,6 +1,7 @@
 """See that a projection is a gate and an up projection in one.
 
-    y = linear(x, w);   gate, up = y.chunk(2, dim=-1);   act(gate) * up       ->  the gate's rows
+    y = linear(x, w);   gate, up = y.chunk(2, dim=-1);      act(gate) * up      ->  the gate's rows
+    y = linear(x, w);   gate, up = y[..., :I], y[..., I:];  act(gate) * up      ->  the gate's rows
 
 Only the graph is believed, not a name: the first half must go through one unary function and meet
 the second half in a product. Interleaved halves (``y[..., ::2]``) are not recognised.
@@ -9,13 +10,16 @@ the second half in a product. Interleaved halves (``y[..., ::2]``) are not recog
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 
 import torch
 from torch.fx import Node
 
-from amber_compile.projection import fake
+from amber_compile.passes.weight_operand import operation
+from amber_compile.projection import fake, value_of
 
 PRODUCTS = {operator.mul, torch.mul, "mul", torch.ops.aten.mul.Tensor}
+VIEWS = {"chunk", "split", "split_with_sizes", "tensor_split", "narrow", "slice", "getitem"}
 
 
 def gate_rows(node: Node) -> int | None:
@@ -34,19 +38,29 @@ def gate_rows(node: Node) -> int | None:
 
 
 def halves_of(node: Node) -> tuple[Node, Node] | None:
-    """Return the two nodes that take the halves of the last dimension of ``node``, if any do."""
-    chunk = _only_user(node)
-    if chunk is None or chunk.target not in ("chunk", torch.chunk) or not _is_in_two(chunk):
+    """Return the two views of the halves of ``node``'s last dimension, if nothing else reads it."""
+    starts = {_start(part, node): part for part in _parts(node)}
+    middle = fake(node).shape[-1] // 2
+    if set(starts) != {0, middle} or len(list(_parts(node))) != 2:
         return None
-    taken = {user.args[1]: user for user in chunk.users if user.target is operator.getitem}
-    return (taken[0], taken[1]) if set(taken) == {0, 1} and len(chunk.users) == 2 else None
+    return starts[0], starts[middle]
 
 
-def _is_in_two(chunk: Node) -> bool:
-    count = chunk.args[1] if len(chunk.args) > 1 else chunk.kwargs.get("chunks")
-    dim = chunk.args[2] if len(chunk.args) > 2 else chunk.kwargs.get("dim", 0)
-    size = fake(chunk.all_input_nodes[0]).shape[-1]
-    return count == 2 and dim in (-1, fake(chunk.all_input_nodes[0]).dim() - 1) and size % 2 == 0
+def _parts(node: Node) -> Iterator[Node]:
+    """Yield what is taken out of ``node``, by itself or among several at once."""
+    for user in node.users:
+        yield from user.users if isinstance(value_of(user), tuple | list) else [user]
+
+
+def _start(part: Node, whole: Node) -> int | None:
+    """Return where ``part``, a view of half of the last dimension of ``whole``, begins in it."""
+    if operation(part) not in VIEWS or not isinstance(value_of(part), torch.Tensor):
+        return None
+    half, full = fake(part), fake(whole)
+    is_half = half.dim() == full.dim() and 2 * half.shape[-1] == full.shape[-1]
+    if not is_half or half.stride() != full.stride() or full.stride(-1) != 1:
+        return None
+    return int(half.storage_offset() - full.storage_offset())
 
 
 def _only_user(node: Node) -> Node | None:

@@ -5,10 +5,12 @@
     k = linear(x, wk)                q = linear(s, wq); k = linear(s, wk)    if it is the same
     gate, up = linear(x, w).chunk(2, -1)      under ``part="gate"``
                                  ->  gate = linear(s, w[:I]);   up = linear(x, w[I:])
+    x = h.view(-1, K); y = linear(x, w)       under ``dense_prefix``, h [B, S, K]
+                                 ->  s = nm_select(x.view_as(h), ...).view_as(x);  y = linear(s, w)
 
 ``factor`` (one number per channel, from the weight) becomes a further graph input: the caller
 computes it once per weight and passes it on each call. Left alone: projections whose decision is
-dense. A selection is not shared past an in-place write to ``x``.
+dense. A selection is not shared if anything writes to ``x`` in place, directly or through a view.
 """
 
 from __future__ import annotations
@@ -24,12 +26,11 @@ from torch.fx import GraphModule, Node
 import amber_compile.kernels  # noqa: F401  # registers torch.ops.amber
 from amber_compile.decision import Decision
 from amber_compile.derived import Key
-from amber_compile.graph import add_input, insert_call, is_inplace
+from amber_compile.graph import add_input, insert_call, storage_of, written_storages
+from amber_compile.passes.classify_phase import reshapes_of
+from amber_compile.passes.fused_gate import halves_of
 from amber_compile.projection import Projection, fake, fake_mode_of
 from amber_compile.settings import Settings
-
-from .classify_phase import reshapes_of
-from .fused_gate import halves_of
 
 Decided = Sequence[tuple[Projection, Decision]]
 
@@ -61,14 +62,16 @@ def sparsify_projections(
     done = Sparsified()
     factors: dict[FactorInput, Node] = {}
     selections: dict[object, Node] = {}
-    for at, (projection, decision) in enumerate(decided):
+    written = written_storages(gm.graph)
+    for (projection, decision), rows in zip(decided, min_rows or [0] * len(decided), strict=True):
         if decision.settings is None:
             continue
-        settings, rows = decision.settings, min_rows[at] if min_rows else 1
+        settings = decision.settings
         factor = _factor_input(gm, projection, settings, factors)
-        key = (projection.x, factor, replace(settings, part=None), rows, _offsets(projection))
-        if key not in selections or _is_written_to(projection.x):
-            selections[key] = _select(gm, projection, settings, factor, rows)
+        offsets = _offsets(projection) if factor is not None else None
+        key = (projection.x, factor, replace(settings, part=None), rows, offsets)
+        if key not in selections or storage_of(fake(projection.x)) in written:
+            selections[key] = _select(gm, projection, settings, factor, rows, offsets)
         if settings.part == "gate":
             projection = _split_gate(gm, projection)
         projection.node.replace_input_with(projection.x, selections[key])
@@ -101,68 +104,64 @@ def _factor_input(
 
 
 def _select(
-    gm: GraphModule, projection: Projection, settings: Settings, factor: Node | None, rows: int
+    gm: GraphModule,
+    projection: Projection,
+    settings: Settings,
+    factor: Node | None,
+    rows: int,
+    offsets: Node | None,
 ) -> Node:
-    """Insert the selection before ``projection``, where the input still shows its sequence."""
-    chain = reshapes_of(projection.x) if settings.dense_prefix else [projection.x]
-    offsets = _offsets(projection) if factor is not None else None
+    """Insert the selection before ``projection``, in the shape that shows its sequence."""
+    graph, site, x = gm.graph, projection.node, projection.x
+    origin = reshapes_of(x)[0] if settings.dense_prefix else x
     selected = insert_call(
-        gm.graph,
-        projection.node,
+        graph,
+        site,
         torch.ops.amber.nm_select.default,
-        chain[0],
+        x if origin is x else insert_call(graph, site, "view_as", x, origin),
         factor,
         settings.pattern.n,
         settings.pattern.m,
         settings.correction,
         settings.dense_prefix,
         rows,
-        **({} if offsets is None else {"offsets": offsets}),
+        offsets,
     )
-    for reshape in chain[1:]:
-        with gm.graph.inserting_before(projection.node):
-            copy = gm.graph.node_copy(reshape, lambda old: old)
-        copy.replace_input_with(reshape.all_input_nodes[0], selected)
-        selected = copy
-    return selected
+    return selected if origin is x else insert_call(graph, site, "view_as", selected, x)
 
 
 def _split_gate(gm: GraphModule, projection: Projection) -> Projection:
     """Replace a fused gate and up projection by two on views of its weight; return the gate."""
     node, rows = projection.node, projection.gate_rows
     halves = halves_of(node)
-    assert halves is not None and rows is not None, "decide() lets only visible halves pass"
-    chunk = halves[0].all_input_nodes[0]
+    assert halves is not None, "decide() lets only visible halves pass"
     parts = [_part(gm, projection, slice(0, rows)), _part(gm, projection, slice(rows, None))]
     for half, part in zip(halves, parts, strict=True):
+        part.meta["example_value"] = fake(half).contiguous()  # under autocast: of its dtype
         half.replace_all_uses_with(part)
         gm.graph.erase_node(half)
-    gm.graph.erase_node(chunk)
-    gm.graph.erase_node(node)
+    for chunk in [*node.users, node]:
+        gm.graph.erase_node(chunk)
     return replace(projection, node=parts[0])
 
 
 def _part(gm: GraphModule, projection: Projection, rows: slice) -> Node:
-    """Insert the projection onto some of the output rows of a weight ``[N, K]`` or ``[E, K, N]``."""
-    node = projection.node
-    x, weight, *bias = node.args
-    index = (Ellipsis, rows) if len(projection.shape) == 3 else rows
-    args = [x, _slice(gm, node, weight, index), *(_slice(gm, node, one, rows) for one in bias)]
-    return insert_call(gm.graph, node, node.target, *args, **node.kwargs)
+    """Insert the projection onto some of the output rows of its weight and bias."""
+    node, is_expert = projection.node, len(projection.shape) == 3
+    index = (..., rows) if is_expert else rows
 
+    def cut(name: str, value: Any) -> Any:
+        if name not in ("weight", "bias") or not isinstance(value, Node):
+            return value
+        return insert_call(gm.graph, node, operator.getitem, value, index)
 
-def _slice(gm: GraphModule, site: Node, value: Any, index: Any) -> Any:
-    if not isinstance(value, Node):
-        return value
-    return insert_call(gm.graph, site, operator.getitem, value, index)
+    names = ("input", "weight", "offs" if is_expert else "bias")
+    args = [cut(name, value) for name, value in zip(names, node.args, strict=False)]
+    kwargs = {name: cut(name, value) for name, value in node.kwargs.items()}
+    return insert_call(gm.graph, node, node.target, *args, **kwargs)
 
 
 def _offsets(projection: Projection) -> Node | None:
     """Return where the rows of each expert end, for projections of grouped rows."""
     offsets = projection.node.kwargs.get("offs") if len(projection.shape) == 3 else None
     return offsets if isinstance(offsets, Node) else None
-
-
-def _is_written_to(x: Node) -> bool:
-    """Whether something writes to ``x`` in place, so that no two reads of it need agree."""
-    return any(is_inplace(user) and user.args and user.args[0] is x for user in x.users)

@@ -8,10 +8,11 @@ x, softmax(q @ k)                                          ->  None: an activati
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from amber_compile.projection import fake
 
@@ -28,36 +29,53 @@ class WeightOperand:
         parameter: the graph input or attribute that holds it.
         transposed: whether the last two dimensions are swapped on the way.
         derived: what else was computed on the way, or None.
+        picked: whether it is some of the matrices of a stack, in whatever order.
     """
 
     parameter: Node
     transposed: bool = False
     derived: str | None = None
+    picked: bool = False
 
 
-def trace_weight(node: Node) -> WeightOperand | None:
+def weight_operands(
+    graph: Graph, passed: Mapping[Node, WeightOperand] | None = None
+) -> dict[Node, WeightOperand]:
+    """Return every node of ``graph`` that is made from parameters alone, and from which one.
+
+    ``passed`` says it of the inputs of a child graph, which do not tell by themselves.
+    """
+    known = dict(passed or {})
+    for node in graph.nodes:
+        operand = _operand(node, known)
+        if operand is not None and node not in known:
+            known[node] = operand
+    return known
+
+
+def _operand(node: Node, known: Mapping[Node, WeightOperand]) -> WeightOperand | None:
     """Return the parameter behind ``node``, or None if an activation has a part in it."""
     if node.op in ("placeholder", "get_attr"):
         return WeightOperand(node) if is_parameter(node) else None
-    sources = [trace_weight(argument) for argument in node.all_input_nodes]
-    if not sources or sources[0] is None:
+    sources = node.all_input_nodes
+    if not sources or sources[0] not in known:
         return None
-    step = _name(node)
+    step, first = operation(node), known[sources[0]]
     if step in CASTS and len(sources) == 1:
-        return sources[0]
+        return first
     if step in TRANSPOSES and len(sources) == 1 and _swaps_last_two(node):
-        return replace(sources[0], transposed=not sources[0].transposed)
+        return replace(first, transposed=not first.transposed)
     if _picks_expert(node, step):
-        return sources[0]
-    if any(source is None for source in sources):
+        return replace(first, picked=True)
+    if any(source not in known for source in sources):
         return None
-    return replace(sources[0], derived=sources[0].derived or step)
+    return replace(first, derived=first.derived or step)
 
 
 def is_parameter(node: Node) -> bool:
     """Whether a graph input is a weight: a parameter, or a floating buffer of two dimensions."""
     value = node.meta.get("example_value", node.meta.get("val"))
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return False
     if isinstance(value, torch.nn.Parameter) or node.op == "get_attr":
         return True
@@ -73,7 +91,7 @@ def _picks_expert(node: Node, step: str) -> bool:
     if not isinstance(stack, Node) or fake(stack).dim() != 3:
         return False
     if step == "select":
-        return node.args[1] == 0
+        return bool(node.args[1] == 0)
     return len(node.args) > 1 and not isinstance(node.args[1], slice | tuple)
 
 
@@ -87,7 +105,8 @@ def _swaps_last_two(node: Node) -> bool:
     return tuple(after.stride()) == swapped
 
 
-def _name(node: Node) -> str:
+def operation(node: Node) -> str:
+    """Return what ``node`` does, by its shortest name: ``linear``, ``transpose``, ``getitem``."""
     target = node.target
     if target is getattr and len(node.args) > 1:
         return str(node.args[1])

@@ -7,6 +7,9 @@ Independent of the package on purpose: forward hooks instead of graphs, a sort i
 A site is named as in ``named_modules()``; experts, which hold all their weights in two 3-D
 parameters, as in ``named_parameters()`` (``...mlp.experts.gate_up_proj``), and run one by one.
 Calls with one token a sequence (decode) stay dense.
+
+Every value is rounded where the definition of the operator rounds it (scores and corrections in
+fp32, factors in fp64 and then once), so that a compiled model can be asked for the same bits.
 """
 
 from __future__ import annotations
@@ -22,16 +25,23 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+EPSILON = 1e-30
+"""Added to both energies of a correction, so that a token of zeros keeps scale 1."""
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Keep ``n`` of every ``m`` channels of what a projection reads."""
+    """Keep ``n`` of every ``m`` channels of what a projection reads.
+
+    With ``part="gate"``, only the first half of a fused gate and up projection reads them.
+    """
 
     n: int
     m: int
     score: Literal["magnitude", "weight_norm", "robust_norm"] = "weight_norm"
     correction: Literal["norm", "variance"] | None = None
     dense_prefix: int = 0
+    part: Literal["gate"] | None = None
 
 
 @contextmanager
@@ -44,17 +54,29 @@ def sparsified(model: nn.Module, sites: Mapping[str, Settings]) -> Iterator[nn.M
         note = model.register_forward_pre_hook(tokens.note, with_kwargs=True)
         stack.callback(note.remove)
         for name, settings in sites.items():
-            if name in modules:
-                hook = partial(prune_input, settings=settings, tokens=tokens)
-                stack.callback(modules[name].register_forward_pre_hook(hook).remove)
-            else:
+            if name not in modules:
                 owner, _, parameter = name.rpartition(".")
                 experts.setdefault(owner, {})[parameter] = settings
+            elif settings.part:
+                run = partial(run_halves, modules[name], settings=settings, tokens=tokens)
+                stack.enter_context(replaced_forward(modules[name], run))
+            else:
+                hook = partial(prune_input, settings=settings, tokens=tokens)
+                stack.callback(modules[name].register_forward_pre_hook(hook).remove)
         for owner, settings_of in experts.items():
-            module = modules[owner]
-            module.forward = partial(run_experts, module, settings_of=settings_of, tokens=tokens)
-            stack.callback(delattr, module, "forward")
+            run = partial(run_experts, modules[owner], settings_of=settings_of, tokens=tokens)
+            stack.enter_context(replaced_forward(modules[owner], run))
         yield model
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Let ``module`` run ``forward`` while the context lasts."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 class Tokens:
@@ -84,6 +106,24 @@ def prune_input(
     return (prune(args[0], weight, tokens.of_rows(args[0]), settings),)
 
 
+def run_halves(module: nn.Linear, x: Tensor, *, settings: Settings, tokens: Tokens) -> Tensor:
+    """Run a fused gate and up projection whose gate alone reads a pruned input."""
+    if tokens.count == 1:
+        return nn.functional.linear(x, module.weight, module.bias)
+    return project_halves(x, module.weight, module.bias, tokens.of_rows(x), settings)
+
+
+def project_halves(
+    x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, settings: Settings
+) -> Tensor:
+    """Project the pruned ``x`` by the first half of ``weight``, ``x`` itself by the second."""
+    gate, up = weight.chunk(2)
+    gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
+    pruned = prune(x, gate, position, settings)
+    halves = nn.functional.linear(pruned, gate, gate_bias), nn.functional.linear(x, up, up_bias)
+    return torch.cat(halves, dim=-1)
+
+
 def run_experts(
     module: Any,
     hidden: Tensor,
@@ -99,9 +139,14 @@ def run_experts(
         weight = getattr(module, name)[expert]
         weight = weight.T if module.is_transposed else weight
         bias = getattr(module, name + "_bias")[expert] if module.has_bias else None
-        if name in settings_of and tokens.count > 1:
-            x = prune(x, weight, token % tokens.count, settings_of[name])
-        return nn.functional.linear(x, weight, bias)
+        settings = settings_of.get(name) if tokens.count > 1 else None
+        position = token % tokens.count
+        if settings and settings.part:
+            return project_halves(x, weight, bias, position, settings)
+        if settings:
+            x = prune(x, weight, position, settings)
+        y = nn.functional.linear(x, weight)
+        return y if bias is None else y + bias
 
     total = torch.zeros_like(hidden, dtype=torch.float32)
     for expert in range(module.num_experts):
@@ -114,12 +159,11 @@ def run_experts(
 
 def prune(x: Tensor, weight: Tensor, position: Tensor, settings: Settings) -> Tensor:
     """Prune ``x[..., K]``, which ``weight[N, K]`` reads, except at the first positions."""
-    score = x.float().abs() * factor(weight.detach().float(), settings.score)
+    score = x.float().abs() * factor(weight.detach(), settings.score)
     kept = torch.where(best(score, settings.n, settings.m), x, 0)
-    if settings.correction == "norm":
-        kept = kept * ratio(x.float().square().sum(-1), kept.float().square().sum(-1))
-    elif settings.correction == "variance":
-        kept = kept * ratio(x.float().var(-1), kept.float().var(-1))
+    if settings.correction is not None:
+        energy = {"norm": mean_square, "variance": variance}[settings.correction]
+        kept = kept * ((energy(x) + EPSILON) / (energy(kept) + EPSILON)).sqrt()
     dense = position < settings.dense_prefix
     return torch.where(dense[:, None], x, kept.to(x.dtype))
 
@@ -132,19 +176,25 @@ def best(score: Tensor, n: int, m: int) -> Tensor:
     return marks.flatten(-2)
 
 
-def ratio(before: Tensor, after: Tensor) -> Tensor:
-    """Return sqrt(before / after) for each token, 1 where nothing is left to scale."""
-    return torch.where(after > 0, before / after, 1).sqrt()[..., None]
+def mean_square(x: Tensor) -> Tensor:
+    """Return the mean square of each token, in fp32."""
+    return x.float().square().mean(-1, keepdim=True)
+
+
+def variance(x: Tensor) -> Tensor:
+    """Return the variance of each token over all its channels, in fp32."""
+    return mean_square(x.float() - x.float().mean(-1, keepdim=True))
 
 
 def factor(weight: Tensor, score: str) -> Tensor:
     """Return what a score multiplies the magnitude of each input channel of ``weight[N, K]`` by."""
     if score == "magnitude":
         return torch.ones(weight.shape[1])
+    weight = weight.double()
     if score == "robust_norm":
         low, high = np.percentile(weight.numpy(), [0.5, 99.5])
         inside = (weight >= low) & (weight <= high)
         rest = weight[inside]
         weight = torch.where(inside, (weight - rest.mean()) / rest.std(), 0)
     norm = weight.square().sum(0).sqrt()
-    return norm / norm.min()
+    return (norm / norm.min()).float()

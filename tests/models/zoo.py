@@ -86,6 +86,7 @@ MLA = {
 DEEPSEEK = BASE | MLA | EXPERTS | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 MIXTRAL = GQA | EXPERTS
 GPT_OSS = SLIDING | EXPERTS
+SHARED = EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 160}
 
 ZOO: dict[str, Model] = {
     # decoders with split projections
@@ -105,7 +106,10 @@ ZOO: dict[str, Model] = {
     "opt": Model("opt", BASE | {"ffn_dim": 96, "word_embed_proj_dim": 32}),
     # decoders with fused projections
     "phi3": Model("phi3", GQA),
+    "phi3_bf16": Model("phi3", GQA, dtype=BF16),
+    "glm4": Model("glm4", WIDE),
     "gpt2": Model("gpt2", TOKEN_IDS | GPT2),
+    "gpt2_bf16": Model("gpt2", TOKEN_IDS | GPT2, dtype=BF16),
     "gpt_neox": Model("gpt_neox", BASE),
     "falcon": Model("falcon", BASE | FALCON),
     "falcon_multi_query": Model("falcon", BASE | {"bias": True}),
@@ -114,9 +118,11 @@ ZOO: dict[str, Model] = {
     "mixtral_eager": Model("mixtral", MIXTRAL, options={"experts_implementation": "eager"}),
     "mixtral_batched": Model("mixtral", MIXTRAL, options={"experts_implementation": "batched_mm"}),
     "mixtral_bf16": Model("mixtral", MIXTRAL, dtype=BF16),
+    "qwen2_moe": Model("qwen2_moe", GQA | SHARED),
     "qwen3_moe": Model("qwen3_moe", WIDE | EXPERTS),
     "deepseek_v3": Model("deepseek_v3", DEEPSEEK),
     "gpt_oss": Model("gpt_oss", GPT_OSS),
+    "gpt_oss_bf16": Model("gpt_oss", GPT_OSS, dtype=BF16),
     # encoders
     "bert": Model("bert", BASE, masked=True),
 }

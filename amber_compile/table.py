@@ -1,0 +1,86 @@
+"""Lay out the sites of a report: a line for each, what is too long for its line as a note below.
+
+    projection                          weight   input   how, or why not                kernel
+    ─────────────────────────────────────────────────────────────────────────────────────────────
+    model.layers.0.self_attn.qkv_proj   128x64   dense   [1]
+    model.layers.0.self_attn.o_proj     64x64    dense   rule: o_proj stays dense
+    model.layers.0.mlp.down_proj        64x96    2:4     weight_norm, norm correction   nm_select
+
+    [1] rule: q is fused with k and v, which stay dense; list it in projections= to sparsify all
+        three
+
+Names are never broken, so that they can be searched for and copied.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .report import Site
+
+WIDTH = 120
+"""Columns of a table where no terminal says how many it has."""
+LONGEST = 48
+"""Characters of a reason that may stand in its line."""
+GAP = 3
+"""Columns between two cells."""
+
+Row = list[str]
+HEADINGS: Row = ["projection", "weight", "input", "how, or why not", "kernel"]
+HOW = 3
+"""The column that may be cut down to a note."""
+
+
+def site_table(sites: Sequence[Site]) -> str:
+    """Return ``sites`` as a table for people: as wide as the terminal, wider if names need it."""
+    width = shutil.get_terminal_size((WIDTH, 0)).columns
+    measured = any(site.error is not None for site in sites)
+    headings = HEADINGS + ["error"] * measured
+    rows = [_row(site)[: len(headings)] for site in sites]
+    notes = _shorten(rows, width, headings)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
+    for heading in headings:
+        table.add_column(heading, no_wrap=True, justify="right" if heading == "error" else "left")
+    for row in rows:
+        table.add_row(*row)
+    out = io.StringIO()
+    needed = sum(max(map(len, column)) + GAP for column in zip(headings, *rows, strict=True))
+    Console(file=out, width=needed, markup=False, emoji=False, highlight=False).print(table)
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    return "\n".join([*lines, "", *notes] if notes else lines)
+
+
+def _row(site: Site) -> Row:
+    settings = site.decision.settings
+    return [
+        site.name,
+        "x".join(map(str, site.shape)),
+        str(settings.pattern) if settings else "dense",
+        settings.how if settings else " ".join(str(site.decision.reason).split()),
+        site.kernel,
+        "" if site.error is None else f"{site.error:.4f}",
+    ]
+
+
+def _shorten(rows: Sequence[Row], width: int, headings: Row) -> list[str]:
+    """Replace what does not fit into ``width`` by the number of a note; return the notes."""
+    columns = list(zip(headings, *rows, strict=True))
+    others = sum(max(map(len, column)) + GAP for column in columns[:HOW] + columns[HOW + 1 :])
+    room = min(LONGEST, max(len(headings[HOW]), width - others))
+    notes: dict[str, int] = {}
+    for row in rows:
+        if len(row[HOW]) > room:
+            row[HOW] = f"[{notes.setdefault(row[HOW], len(notes) + 1)}]"
+    return [
+        textwrap.fill(f"[{number}] {text}", width, subsequent_indent="    ")
+        for text, number in notes.items()
+    ]
