@@ -90,10 +90,12 @@ class Analysis:
             PlanError: if the plan belongs to another model.
         """
         choose = self._chooser(names)
-        return tuple(
-            self._decide(replace(projection, name=name), choose)
+        named = [
+            replace(projection, name=name)
             for projection, name in zip(self.projections, names, strict=True)
-        )
+        ]
+        own = names == self.names[0]  # the weights at hand; others are seen when they are bound
+        return tuple(self._decide(projection, choose, own) for projection in named)
 
     def sites(self, names: Names, decisions: Decisions) -> list[Site]:
         """Return the report's rows for one owner, a projection that is called twice once."""
@@ -115,7 +117,7 @@ class Analysis:
             found[name] = found[name].called_again(site) if name in found else site
         return list(found.values())
 
-    def _decide(self, projection: Projection, choose: Choose) -> Decision:
+    def _decide(self, projection: Projection, choose: Choose, own: bool) -> Decision:
         decision = decide(
             projection,
             self.phase,
@@ -130,7 +132,8 @@ class Analysis:
             return blocked("its weight is a constant of the graph, and a factor follows an input")
         weight = self.inputs[self._at[projection.weight]]
         try:
-            score_factor(weight, *factor_key(projection, decision.settings))
+            if own:
+                score_factor(weight, *factor_key(projection, decision.settings))
         except OptionError as cause:  # a weight that is not finite has no factor
             return blocked(str(cause))
         return decision

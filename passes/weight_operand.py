@@ -18,6 +18,7 @@ from amber_compile.projection import fake
 
 aten = torch.ops.aten
 TRANSPOSES = {"t", "T", "mT", "transpose", "permute", "swapaxes", "adjoint"}
+QUANTISED = (torch.int8, torch.uint8)
 CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "_to_copy", "detach"}
 
 
@@ -73,11 +74,18 @@ def _operand(node: Node, known: Mapping[Node, WeightOperand]) -> WeightOperand |
 
 
 def is_parameter(node: Node) -> bool:
-    """Whether a graph input is a weight: a parameter, or a floating buffer of two dimensions."""
+    """Whether a graph input is a weight: a parameter, or a buffer of two dimensions.
+
+    Quantised weights count, to be listed with their reason; buffers of positions do not.
+    """
     value = node.meta.get("example_value", node.meta.get("val"))
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+    if not isinstance(value, torch.Tensor):
         return False
-    if isinstance(value, torch.nn.Parameter) or node.op == "get_attr":
+    if isinstance(value, torch.nn.Parameter):
+        return True
+    if not value.is_floating_point() and value.dtype not in QUANTISED:
+        return False
+    if node.op == "get_attr":
         return True
     source = getattr(getattr(node, "_dynamo_source", None), "name", "")
     return "_parameters[" in source or ("_buffers[" in source and value.dim() >= 2)

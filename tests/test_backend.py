@@ -140,7 +140,20 @@ def test_a_weight_that_is_not_floating_point_stays_dense() -> None:
 
     model = Integer()
     assert torch.equal(run(model), model(X))
-    assert last_reports()[0].coverage == 0
+    assert "dtype torch.float32 x torch.int64" in str(reasons()["q_proj"])
+
+
+def test_a_quantised_weight_in_a_buffer_stays_dense_and_is_listed() -> None:
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("q_proj", torch.randint(-8, 8, (32, 64), dtype=torch.int8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.q_proj.to(x.dtype))
+
+    run(Quantised())
+    assert "dtype torch.float32 x torch.int8" in str(reasons()["q_proj"])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

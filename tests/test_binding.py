@@ -208,6 +208,7 @@ def test_threads_that_bind_at_once_share_one_factor() -> None:
 
 
 def test_nothing_keeps_a_deleted_model_alive() -> None:
+    others = len(derived._factors)  # of models that pytest's log of an earlier test still holds
     stack = Stack()
     run = compiled(stack, check=True)
     run(X)
@@ -216,7 +217,7 @@ def test_nothing_keeps_a_deleted_model_alive() -> None:
     del stack, run
     gc.collect()
     assert [weight() for weight in weights] == [None] * len(weights)
-    assert len(derived._factors) == 0
+    assert len(derived._factors) <= others
     assert reports[0].coverage > 0
 
 

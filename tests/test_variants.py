@@ -192,3 +192,17 @@ def test_check_measures_every_layer() -> None:
         assert errors[f"layers.{at}.gate_proj"] > 0
         assert errors[f"layers.{at}.up_proj"] is None
     assert errors["layers.0.gate_proj"] != errors["layers.1.gate_proj"]
+
+
+@torch.no_grad()
+def test_an_infinite_weight_of_the_first_layer_leaves_the_second_sparse() -> None:
+    stack = Stack()
+    register_model(stack)
+    stack.layers[0].down_proj.weight[0, 0] = torch.inf
+    compile_layers(stack)
+    result = stack(X)
+    expected = sparse(stack, X, dense=["layers.0.down_proj"])
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+    reasons = {site.name: site.decision.reason for site in last_reports()[0].sites}
+    assert "not finite" in str(reasons["layers.0.down_proj"])
+    assert reasons["layers.1.down_proj"] is None

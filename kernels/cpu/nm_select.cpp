@@ -9,6 +9,7 @@
 
 #include "correction.h"
 #include "floats.h"
+#include "memory.h"
 #include "parallel.h"
 #include "vectors.h"
 
@@ -176,6 +177,7 @@ void select_tokens(const Problem& p, Parallel parallel) {
   const auto select = select_whole_of<Score>(p.m);
   const auto correction = Correction(p.correction);
   const int64_t piece = std::max<int64_t>(1, PIECE / p.channels);
+  prefer_huge_pages(p.y, p.tokens * p.channels * int64_t(sizeof(Bits)));
   for_each_piece(p.tokens, piece, p.threads, parallel, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       const Bits* x = static_cast<const Bits*>(p.x) + token * p.x_stride;

@@ -154,7 +154,9 @@ class Holder(nn.Module):
         (torch.randn(8, 16), False, True),  # a frozen weight kept as a buffer
         (torch.randn(16), True, True),
         (torch.randn(16), False, False),  # running statistics, inverse frequencies
-        (torch.zeros(8, 16, dtype=torch.int8), True, False),  # a quantised weight
+        (torch.zeros(8, 16, dtype=torch.int8), True, True),  # a quantised weight, to be listed
+        (torch.zeros(8, 16, dtype=torch.int8), False, True),
+        (torch.zeros(8, 16, dtype=torch.int64), False, False),  # positions
         (torch.zeros(8, 16, dtype=torch.bool), False, False),  # a mask
     ],
 )
