@@ -107,7 +107,8 @@ def site_name(node: Node, parameter: Node) -> str:
     parent, _, leaf = weight.rpartition(".")
     inside = parent == module or parent.startswith(f"{module}.") or not module
     name = (parent if leaf == "weight" else weight) if weight and inside else module
-    return name.removesuffix(".base_layer") or weight or node.name
+    name = re.sub(r"\.?parametrizations\.\w+\.original\d*$", "", name)
+    return name.removesuffix(".base_layer") or module or weight or node.name
 
 
 def full_name(name: str, weight: torch.Tensor) -> str:

@@ -31,8 +31,6 @@ for name in [name for name in sys.modules if "__editable__" in name]:
 """
 """Takes the editable install of the environment that runs the tests out of the search."""
 
-pytestmark = pytest.mark.xdist_group("packaging")  # one build for all of them
-
 
 def python(code: str, cwd: Path, *path: Path) -> str:
     """Run ``code`` in ``cwd`` with ``path`` before everything installed; return what it prints."""
