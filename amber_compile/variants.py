@@ -20,6 +20,7 @@ from .binding import Binding, Compiled, Variant
 from .config import AmberConfig
 from .decision import blocked
 from .errors import RewriteError
+from .graph import copy_graph
 from .owners import Built, Owners
 from .report import GraphReport
 from .rewrite import rewrite
@@ -78,8 +79,9 @@ def _compile(analysis: Analysis, decisions: Decisions, inner: Inner, report: Gra
                 stacklevel=2,
             )
             failure = f"the rewritten graph does not compile ({report.fallback})"
-    compiled = inner(analysis.gm, analysis.inputs, analysis.config, False)
-    return Built(Variant(compiled), failure)
+    # The compiler may change what it is given, and other variants are still to be made of it.
+    gm = copy_graph(analysis.gm)[0] if len(analysis.names) > 1 else analysis.gm
+    return Built(Variant(inner(gm, analysis.inputs, analysis.config, False)), failure)
 
 
 def _compile_sparse(

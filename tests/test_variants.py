@@ -1,14 +1,20 @@
 """Models compiled layer by layer: one graph for all, with what each layer's plan says."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from emulate import Settings as Emulated
 from emulate import prune
 from stack import Stack, sparse
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
-from amber_compile import Pattern, Plan, Settings, last_reports, register_model
+from amber_compile import AmberConfig, Pattern, Plan, Settings, last_reports, register_model
+from amber_compile.backend import compile_graph
+from amber_compile.binding import Compiled
+from amber_compile.graph import copy_graph
 from amber_compile.plan import PlannedSite
 
 OPTIONS = {"correction": None}
@@ -206,3 +212,23 @@ def test_an_infinite_weight_of_the_first_layer_leaves_the_second_sparse() -> Non
     reasons = {site.name: site.decision.reason for site in last_reports()[0].sites}
     assert "not finite" in str(reasons["layers.0.down_proj"])
     assert reasons["layers.1.down_proj"] is None
+
+
+@torch.no_grad()
+def test_a_dense_variant_that_its_compiler_takes_apart_leaves_the_others_whole() -> None:
+    def inner(gm: GraphModule, inputs: object, config: AmberConfig, rewritten: bool) -> Compiled:
+        forward = copy_graph(gm)[0].forward
+        for node in reversed(gm.graph.nodes):
+            gm.graph.erase_node(node)
+        return forward
+
+    def taking_apart(gm: GraphModule, inputs: Sequence[object]) -> Compiled:
+        config = AmberConfig(correction=None, skip=("layers.0.*",))
+        return compile_graph(gm, inputs, config, inner)
+
+    stack = Stack()
+    register_model(stack)
+    for layer in stack.layers:
+        layer.compile(backend=taking_apart)
+    first = ["layers.0.gate_proj", "layers.0.down_proj"]
+    assert torch.equal(stack(X), sparse(stack, X, dense=first))
