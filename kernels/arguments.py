@@ -10,9 +10,9 @@ import torch
 
 from amber_compile.errors import OptionError, choices
 from amber_compile.pattern import Pattern
+from amber_compile.settings import CORRECTIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-CORRECTIONS = ("norm", "variance")
 
 
 def check_selection(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, Node
 
-from amber_compile.projection import fake
+from amber_compile.projection import fake, value_of
 
 aten = torch.ops.aten
 TRANSPOSES = {"t", "T", "mT", "transpose", "permute", "swapaxes", "adjoint"}
@@ -78,7 +78,7 @@ def is_parameter(node: Node) -> bool:
 
     Quantised weights count, to be listed with their reason; buffers of positions do not.
     """
-    value = node.meta.get("example_value", node.meta.get("val"))
+    value = value_of(node)
     if not isinstance(value, torch.Tensor):
         return False
     if isinstance(value, torch.nn.Parameter):
