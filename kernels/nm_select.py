@@ -31,6 +31,7 @@ import torch
 
 from amber_compile.kernels.arguments import check_selection
 from amber_compile.kernels.cpu_library import cpu_library, openmp_parallel
+from amber_compile.kernels.cuda.device import why_no_triton
 from amber_compile.kernels.registration import LIBRARY, define
 
 EPSILON = 1e-30
@@ -54,9 +55,9 @@ def nm_select_reference(
         return x.clone(memory_format=torch.contiguous_format)
     if factor is not None and offsets is not None:
         factor = factor[_expert_of_rows(x, offsets)]
-    kept = torch.where(_best(_keys(x, factor), n, m), x, 0).contiguous()
+    kept = torch.where(selected(x, factor, n, m), x, 0).contiguous()
     if correction is not None:
-        kept = (kept.to(_precision(x)) * _scale(x, kept, correction)).to(x.dtype)
+        kept = (kept.to(_precision(x)) * correction_scale(x, kept, correction)).to(x.dtype)
     if dense_prefix and x.dim() == 1:
         kept.copy_(x)
     elif dense_prefix:
@@ -79,6 +80,11 @@ def _precision(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def selected(x: torch.Tensor, factor: torch.Tensor | None, n: int, m: int) -> torch.Tensor:
+    """Mark the channels of ``x`` [..., channels] that are kept."""
+    return _best(_keys(x, factor), n, m)
+
+
 def _keys(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
     """Return integers that order like the scores: their bits, every NaN being the largest."""
     scores = x.to(_precision(x))
@@ -96,7 +102,7 @@ def _best(keys: torch.Tensor, n: int, m: int) -> torch.Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, places, True).flatten(-2)
 
 
-def _scale(x: torch.Tensor, kept: torch.Tensor, correction: str) -> torch.Tensor:
+def correction_scale(x: torch.Tensor, kept: torch.Tensor, correction: str) -> torch.Tensor:
     """Return the factor [..., 1] that gives the kept values the energy of ``x``."""
     before, after = (_energy(value.to(_precision(x)), correction) for value in (x, kept))
     scale = ((before + EPSILON) / (after + EPSILON)).sqrt()
@@ -112,7 +118,8 @@ def _energy(x: torch.Tensor, correction: str) -> torch.Tensor:
 # ---- kernel --------------------------------------------------------------------------------------
 #
 # cpu/nm_select.cpp answers bit for bit like the reference, or within rounding if it corrects. It
-# never flushes denormals, whatever torch.set_flush_denormal says. float64 has the reference only.
+# never flushes denormals, whatever torch.set_flush_denormal says. CUDA tensors have the Triton
+# kernels of cuda/nm_select.py. float64 has the reference only.
 
 ENTRIES = {
     torch.float32: "nm_select_float32",
@@ -191,10 +198,35 @@ def _nm_select_cpu(
     return launch(library, x, factor, n, m, correction, dense_prefix, offsets)
 
 
+def _nm_select_cuda(
+    x: torch.Tensor,
+    factor: torch.Tensor | None,
+    n: int,
+    m: int,
+    correction: str | None = None,
+    dense_prefix: int = 0,
+    min_tokens: int = 0,
+    offsets: torch.Tensor | None = None,
+) -> torch.Tensor:
+    check_selection(x, factor, n, m, correction, dense_prefix, min_tokens, offsets)
+    if n == m or tokens(x) < min_tokens or not x.numel():
+        return x.clone(memory_format=torch.contiguous_format)
+    if kernel_for(x) == "reference":
+        return nm_select_reference(x, factor, n, m, correction, dense_prefix, 0, offsets)
+    from amber_compile.kernels.cuda.nm_select import launch  # needs Triton
+
+    with torch.cuda.device(x.device):
+        return launch(x, factor, n, m, correction, dense_prefix, offsets)
+
+
 def kernel_for(x: torch.Tensor) -> str:
-    """Name what selects from tensors like ``x``, for a report: "C++" or "reference"."""
-    fast = x.device.type == "cpu" and x.dtype in ENTRIES and cpu_library() is not None
-    return "C++" if fast else "reference"
+    """Name what selects from tensors like ``x``, for a report: C++, Triton or reference."""
+    if x.dtype in ENTRIES:  # the Triton kernels have the same
+        if x.device.type == "cpu" and cpu_library() is not None:
+            return "C++"
+        if x.device.type == "cuda" and why_no_triton() is None:
+            return "Triton"
+    return "reference"
 
 
 # ---- operator ------------------------------------------------------------------------------------
@@ -222,3 +254,4 @@ nm_select = define(
 )
 
 LIBRARY.impl("nm_select", _nm_select_cpu, "CPU")
+LIBRARY.impl("nm_select", _nm_select_cuda, "CUDA")

@@ -11,7 +11,7 @@ The plain ``Library`` calls are used because ``torch.library.custom_op`` costs 2
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -21,17 +21,19 @@ LIBRARY: Any = torch.library.Library("amber", "FRAGMENT")  # type: ignore[no-unt
 # The answer depends on no stride, so Inductor need not copy an input into another layout first.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
+Answer = TypeVar("Answer", bound=torch.Tensor | tuple[torch.Tensor, ...])
+
 
 def define(
-    schema: str, reference: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]
-) -> Callable[..., torch.Tensor]:
+    schema: str, reference: Callable[..., Answer], fake: Callable[..., Answer]
+) -> Callable[..., Answer]:
     """Register an inference operator under ``torch.ops.amber`` and return its overload."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=TAGS)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"amber::{name}", fake, lib=LIBRARY)
     torch.library.register_autograd(f"amber::{name}", _no_gradient(name), lib=LIBRARY)
-    overload: Callable[..., torch.Tensor] = getattr(torch.ops.amber, name).default
+    overload: Callable[..., Answer] = getattr(torch.ops.amber, name).default
     return overload
 
 

@@ -49,6 +49,7 @@ SPELLINGS: dict[Any, Spelling] = {
     **dict.fromkeys((torch.addmm, aten.addmm.default, "addmm"), ADDMM),
     **dict.fromkeys((torch.baddbmm, aten.baddbmm.default, "baddbmm"), ADDMM),
 }
+LINEARS = frozenset(target for target, spelling in SPELLINGS.items() if spelling is LINEAR)
 KEYWORDS = {0: ("input", "self"), 1: ("weight", "mat2", "other", "mat1", "batch1")}
 KEYWORDS_OF_THREE = {1: ("mat1", "batch1"), 2: ("mat2", "batch2")}
 GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
