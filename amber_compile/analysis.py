@@ -19,11 +19,13 @@ from .decision import Decision, blocked
 from .derived import score_factor
 from .errors import OptionError
 from .graph import positions
+from .kernels.nm_linear import kernel_of
 from .kernels.nm_select import kernel_for
 from .naming import owners, registered_shapes
 from .passes.classify_phase import Phase, classify_phase, fixed_tokens, token_hints
 from .passes.decide import Choose, decide
 from .passes.find_projections import find_projections
+from .passes.fuse_projections import why_separate
 from .passes.sparsify_projections import factor_key
 from .plan import Plan
 from .projection import Projection, fake, value_of
@@ -112,7 +114,7 @@ class Analysis:
                 operator=projection.operator,
                 decision=decision,
                 share=_share(projection, decision),
-                kernel=f"nm_select, {kernel_for(fake(projection.x))}" if decision.sparse else "",
+                kernel=_kernel(projection, decision),
             )
             found[name] = found[name].called_again(site) if name in found else site
         return list(found.values())
@@ -155,6 +157,18 @@ class Analysis:
             return {**known, **shapes}, list(known.values())
         values = map(value_of, self.gm.graph.find_nodes(op="placeholder"))
         return shapes, [tuple(v.shape) for v in values if isinstance(v, torch.nn.Parameter)]
+
+
+def _kernel(projection: Projection, decision: Decision) -> str:
+    """Name what runs a sparse projection; on a GPU, why no sparse unit multiplies, if so."""
+    if decision.settings is None:
+        return ""
+    x, settings = fake(projection.x), decision.settings
+    reason = why_separate(projection, settings)
+    if reason is None:
+        return kernel_of(x, fake(projection.weight))
+    selected = f"nm_select, {kernel_for(x)}"
+    return f"{selected}; {reason}" if x.device.type == "cuda" else selected
 
 
 def _share(projection: Projection, decision: Decision) -> float:

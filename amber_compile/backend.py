@@ -12,7 +12,6 @@ changes what it was given.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,12 +20,12 @@ from torch.fx import GraphModule
 
 from .analysis import Analysis
 from .binding import Compiled
+from .breaks import break_after
 from .config import AmberConfig
 from .inductor import compile_with_inductor, inductor_patches
 from .report import GraphReport, Report, record
+from .trace import trace_graph, trace_report
 from .variants import Inner, compile_variants
-
-log = logging.getLogger("amber_compile")
 
 
 def amber(
@@ -75,11 +74,20 @@ def compile_graph(
     """Rewrite ``gm`` as ``config`` says, compile it with ``inner`` and record a report."""
     started = time.perf_counter()
     analysis = Analysis.of(gm, inputs, config)
-    graph = GraphReport(analysis.phase)
+    graph = GraphReport(analysis.phase, broken=break_after(gm))
     graph.seconds = time.perf_counter() - started
-    compiled = compile_variants(analysis, inner, graph)
+    trace_graph("before", gm)
+
+    def traced(
+        gm: GraphModule, inputs: Sequence[Any], config: AmberConfig, rewritten: bool
+    ) -> Compiled:
+        if rewritten:
+            trace_graph("after", gm)
+        return inner(gm, inputs, config, rewritten)
+
+    compiled = compile_variants(analysis, traced, graph)
     record(Report([graph]))
-    log.info("%s", Report([graph]).summary())
+    trace_report(graph)
     return compiled
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .derived import Key, epoch, score_factor, stamp
 from .errors import OptionError
@@ -96,7 +97,8 @@ class Binding:
             variant = self._choose(weights)
             if variant is None:  # not remembered: the model may be registered later
                 return _Bound((), [], self._dense, ())
-            scored = tuple(dict.fromkeys(one.position for one in variant.derived))
+            positions = dict.fromkeys(one.position for one in variant.derived)
+            scored = tuple([at for at in positions if not isinstance(arguments[at], FakeTensor)])
             stamps = _stamps([arguments[at] for at in scored])
             compiled, tensors = self._inputs_of(variant, arguments)
             forget = _Forget(weakref.ref(self), key)

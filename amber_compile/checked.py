@@ -5,11 +5,13 @@ At each site the dense product is computed from the same input that the selectio
     error = ‖Y - Y'‖₂ / ‖Y‖₂       Y = x Wᵀ,  Y' = select(x) Wᵀ       (Amber Pruner, section 3)
 
 and at the end the outputs of the whole dense graph are compared with those of the rewritten one.
-Tensors that are no parameters (caches among them) are copied first: a check leaves no trace.
+Tensors that are no parameters (caches among them) are copied first, and every run meets the same
+random numbers: a check leaves no trace.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from .binding import Compiled
+from .debug.output_error import relative_error, worse
 from .report import GraphReport
 from .rewrite import Rewritten
 
@@ -54,12 +57,13 @@ class Checked:
 
     def _measure(self, dense: Compiled, sparse: Rewritten, arguments: Sequence[Any]) -> None:
         own = len(arguments) - len(sparse.derived)
-        with torch.no_grad():
+        runner = _SideBySide(sparse)
+        with torch.no_grad(), fork_rng_of(arguments):
             expected = dense(*_copies(arguments[:own]))
-            runner = _SideBySide(sparse)
+        with torch.no_grad(), fork_rng_of(arguments):
             actual = runner.run(*_copies(arguments))
-        error = _relative_error(tree_leaves(expected), tree_leaves(actual))
-        self._report.output_error = max(error, self._report.output_error or 0.0)
+        error = relative_error(tree_leaves(expected), tree_leaves(actual))
+        self._report.output_error = worse(error, self._report.output_error)
         errors = {self._names[local]: error for local, error in runner.errors.items()}
         for site in self._report.sites:
             site.error = errors.get(site.name, site.error)
@@ -80,9 +84,16 @@ class _SideBySide(Interpreter):
             kept, self.env[selected] = self.env[selected], self.env[site.x]
             expected = super().run_node(n)
             self.env[selected] = kept
-            error = _relative_error([expected], [result])
-            self.errors[site.name] = max(error, self.errors.get(site.name, 0.0))
+            error = relative_error([expected], [result])
+            self.errors[site.name] = worse(error, self.errors.get(site.name))
         return result
+
+
+def fork_rng_of(tensors: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+    """Give the random numbers of the CPU, and of the GPUs of ``tensors``, back at the end."""
+    devices = {one.device for one in tensors if isinstance(one, torch.Tensor)}
+    gpus = sorted(device.index or 0 for device in devices if device.type == "cuda")
+    return torch.random.fork_rng(gpus)
 
 
 def _copies(arguments: Sequence[Any]) -> list[Any]:
@@ -92,14 +103,3 @@ def _copies(arguments: Sequence[Any]) -> list[Any]:
         else value
         for value in arguments
     ]
-
-
-def _relative_error(expected: Sequence[Any], actual: Sequence[Any]) -> float:
-    pairs = [
-        (a.double(), b.double())
-        for a, b in zip(expected, actual, strict=True)
-        if isinstance(a, torch.Tensor) and a.is_floating_point()
-    ]
-    difference = sum(float((a - b).square().sum()) for a, b in pairs)
-    size = sum(float(a.square().sum()) for a, _ in pairs)
-    return (difference / size) ** 0.5 if size else float(difference > 0)

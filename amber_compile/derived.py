@@ -3,7 +3,7 @@
 A factor is valid for one *stamp* of its weight: identity, storage address and version counter. An
 in-place write, ``load_state_dict``, an optimiser step or a new parameter changes the stamp. Writes
 behind PyTorch's back do not (``p.data.add_``, fused optimisers, NumPy views): ``refresh(model)``.
-Weights are held weakly.
+Weights are held weakly. A fake weight has no values: its factor is fake as well, and never kept.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 from collections.abc import MutableMapping
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .scores import SCORES
@@ -51,6 +52,9 @@ def score_factor(
     Returns:
         fp32 ``[K]``, or ``[E, K]`` with one factor per expert.
     """
+    if isinstance(weight, FakeTensor):
+        shape = (*weight.shape[:-2], weight.shape[-2 if transposed else -1])
+        return weight.new_empty(shape, dtype=torch.float32, requires_grad=False)
     with _lock:
         known = _factors.setdefault(weight, {})
         now = stamp(weight)

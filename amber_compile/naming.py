@@ -12,9 +12,11 @@ reports work there too.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import re
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,8 +54,27 @@ def register_model(model: torch.nn.Module) -> None:
         raise TypeError(f"register_model takes a torch.nn.Module, not {type(model).__name__}")
     number = next(_numbers)
     for name, parameter in model.named_parameters(remove_duplicate=True):
-        steps = [step for step in name.split(".") if step not in _UNNAMED]
-        _homes[parameter] = _Home(number, ".".join(steps))
+        _homes[parameter] = _Home(number, _without_wrappers(name))
+
+
+@contextlib.contextmanager
+def registered(model: torch.nn.Module) -> Iterator[None]:
+    """Name weights as in ``model``, and forget it afterwards: names given before come back."""
+    before = [(parameter, _homes.get(parameter)) for parameter in model.parameters()]
+    register_model(model)
+    try:
+        yield
+    finally:
+        for parameter, home in before:
+            if home is None:
+                _homes.pop(parameter, None)
+            else:
+                _homes[parameter] = home
+
+
+def module_site(name: str) -> str:
+    """Return the site that the module of this qualified name is: LoRA's base layer is its owner."""
+    return _without_wrappers(name).removesuffix(".base_layer")
 
 
 def registered_shapes(weight: torch.Tensor | None) -> dict[str, tuple[int, ...]]:
@@ -102,8 +123,8 @@ def site_name(node: Node, parameter: Node) -> str:
     The call site's module names it (two modules may share one parameter: ``lm_head`` and the
     embedding); a parameter used straight from a larger module adds its own name.
     """
-    module = _module_path(node)
-    weight = _parameter_path(parameter)
+    module = module_path(node)
+    weight = parameter_path(parameter)
     parent, _, leaf = weight.rpartition(".")
     inside = parent == module or parent.startswith(f"{module}.") or not module
     name = (parent if leaf == "weight" else weight) if weight and inside else module
@@ -134,18 +155,23 @@ def _prefixes(local: str, names: Iterable[str]) -> list[str]:
     return [name.removesuffix(local) for name in names if name.endswith(f".{local}")]
 
 
+def _without_wrappers(name: str) -> str:
+    """Return a qualified name without the steps that compiled modules and containers add."""
+    return ".".join(step for step in name.split(".") if step not in _UNNAMED)
+
+
 def _owner(parameter: str) -> str:
     """Return the site that a parameter's qualified name belongs to."""
     return parameter.removesuffix(".weight").removesuffix(".base_layer")
 
 
-def _module_path(node: Node) -> str:
+def module_path(node: Node) -> str:
     """Return where the call lies: the innermost module's path below the compiled object."""
     stack = node.meta.get("nn_module_stack") or {}
     return _path(str(list(stack.values())[-1][0])) if stack else ""
 
 
-def _parameter_path(parameter: Node) -> str:
+def parameter_path(parameter: Node) -> str:
     """Return the path of a graph input below the compiled object: ``layers.0.q_proj.weight``."""
     if parameter.op == "get_attr":
         return str(parameter.target)
@@ -153,6 +179,7 @@ def _parameter_path(parameter: Node) -> str:
     return _path(source) or ".".join(_steps(source)[:1])
 
 
+@functools.lru_cache(maxsize=4096)  # all nodes of a module repeat it
 def _path(source: str) -> str:
     """Return the dotted path of an expression by which Dynamo reads a module or tensor.
 

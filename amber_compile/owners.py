@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from .analysis import Analysis, Names
 from .binding import Compiled, Variant, Weights
-from .check import Checked
+from .checked import Checked
 from .graph import copy_graph, positions
 from .naming import full_name
 from .report import GraphReport, Site

@@ -1,21 +1,29 @@
 """What was rewritten and why: one entry per projection, for each compiled graph.
 
 A backend call leaves a :class:`GraphReport`; :class:`Report` joins those of one model, so that
-every projection stands in its table once. ``str(report)`` is the table (table.py).
+every projection stands in its table once. ``str(report)`` is the table (table.py). Of a whole
+model (explain.py) a report knows more: the linears that no graph holds, and every graph break.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from .breaks import Break, distinct
+from .debug.output_error import OutputError, level, number
 from .decision import Decision
 from .plan import BY_PLAN, Plan, PlannedSite
-from .table import site_table
+from .sketch import Stage
+from .table import break_list, site_table, worst_list
+
+if TYPE_CHECKING:
+    from .traced import Traced
 
 KEPT = 512
 """How many compiled graphs :func:`last_reports` remembers."""
@@ -65,7 +73,7 @@ class Site:
             "sparse": settings.to_json() if settings else None,
             "dense": self.decision.reason,
             "obstacle": self.decision.obstacle,
-            "error": _number(self.error),
+            "error": number(self.error),
         }
 
 
@@ -80,6 +88,10 @@ class GraphReport:
         seconds: time of analysis and rewriting, without the compilation behind it.
         fallback: why the rewritten graph could not be compiled and the dense one runs, if so.
         output_error: relative error of the graph's outputs on the first call (``check=True``).
+        stages: the graph as it was traced, and after each pass that changed it.
+        code_files: where Inductor's generated code lay when it was compiled.
+        broken: the graph break that ended the graph, if one did.
+        traced: what rebuilds it (:meth:`Report.save_reproducer`), where something was to be sparse.
     """
 
     phase: str
@@ -88,18 +100,46 @@ class GraphReport:
     seconds: float = 0.0
     fallback: str | None = None
     output_error: float | None = None
+    stages: list[Stage] = field(default_factory=list)
+    code_files: list[str] = field(default_factory=list)
+    broken: Break | None = None
+    traced: Traced | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return the graph's report as plain JSON values."""
         sites = [site.to_json() for site in self.sites]
-        return {**vars(self), "output_error": _number(self.output_error), "sites": sites}
+        stages = [stage.to_json() for stage in self.stages]
+        return {
+            **{name: value for name, value in vars(self).items() if name != "traced"},
+            "sites": sites,
+            "stages": stages,
+            "output_error": number(self.output_error),
+            "broken": self.broken.to_json() if self.broken else None,
+        }
 
 
 @dataclass
 class Report:
-    """The graphs of one model, and its projections, each once."""
+    """The graphs of one model, and its projections, each once.
+
+    Attributes:
+        graphs: in the order of their compilation.
+        outside: linears of the model that no graph holds, dense and each with its reason.
+        unended: graph breaks that ended no graph, because nothing was traced before them.
+        explained: how the model was looked at, in a sentence; empty for a run of its own.
+        output: error of the whole model's output, where that was measured (compare.py).
+    """
 
     graphs: list[GraphReport] = field(default_factory=list)
+    outside: list[Site] = field(default_factory=list)
+    unended: list[Break] = field(default_factory=list)
+    explained: str = ""
+    output: OutputError | None = None
+
+    @property
+    def breaks(self) -> list[Break]:
+        """Every graph break once."""
+        return distinct([*(graph.broken for graph in self.graphs), *self.unended])
 
     @property
     def sites(self) -> list[Site]:
@@ -110,6 +150,8 @@ class Report:
                 held = found.setdefault(site.name, site)
                 if site.decision.sparse and not held.decision.sparse:
                     found[site.name] = site
+        for site in self.outside:
+            found.setdefault(site.name, site)
         return list(found.values())
 
     @property
@@ -131,6 +173,11 @@ class Report:
         total = sum(site.macs for site in counted)
         return sum(site.macs * part(site) for site in counted) / total if total else 0.0
 
+    def worst(self, count: int = 10) -> list[Site]:
+        """Return the ``count`` measured sites of the largest error, the largest first."""
+        measured = [site for site in self.sites if site.error is not None]
+        return sorted(measured, key=lambda site: level(site.error), reverse=True)[:count]
+
     def plan(self, **made: str) -> Plan:
         """Return these decisions as a plan that can be saved, compared and used again."""
         sites = {}
@@ -147,30 +194,81 @@ class Report:
             "removed": self.removed,
             "sites": [site.to_json() for site in self.sites],
             "graphs": [graph.to_json() for graph in self.graphs],
+            "breaks": [one.to_json() for one in self.breaks],
+            "explained": self.explained,
+            "output": self.output.to_json() if self.output else None,
         }
+
+    def to_html(self, path: str | PathLike[str], title: str = "Amber report") -> None:
+        """Write the report as one page that needs nothing else, no network either, to ``path``.
+
+        Raises:
+            ImportError: without jinja2 or networkx, which PyTorch brings.
+        """
+        from .page import page_of  # templates and layout: not needed to compile
+
+        Path(path).write_text(page_of(self, title), encoding="utf-8")
+
+    def save_reproducer(self, folder: str | PathLike[str], backend: str | None = None) -> None:
+        """Write a script to ``folder`` that rebuilds the graphs with random weights and runs them.
+
+        It needs torch and Amber only, and holds the graphs' code, names, shapes and options, but
+        no weight and no input: to attach to a bug report. Start it by ``python reproduce.py``.
+        ``backend``: ``"amber"`` or ``"amber_eager"``; by default as the graphs were compiled.
+
+        Raises:
+            OptionError: for another backend.
+            ReproducerError: if no graph can be rebuilt, with the reason for each.
+        """
+        from .debug.reproducer import save_reproducer  # writes code: not needed to compile
+
+        save_reproducer(self, Path(folder), backend)
 
     @classmethod
     def merge(cls, reports: Iterable[Report]) -> Report:
         """Join the reports of several graphs of one model."""
-        return cls([graph for report in reports for graph in report.graphs])
+        joined = cls()
+        for report in reports:
+            joined.graphs += report.graphs
+            joined.outside += report.outside
+            joined.unended += report.unended
+            joined.explained = joined.explained or report.explained
+            joined.output = joined.output or report.output
+        return joined
 
     def summary(self) -> str:
         """Return the report in one line."""
         if not self.graphs:
-            return "no graph was compiled"
+            return f"no graph was compiled{self._broken()}"
         sparse = sum(site.decision.sparse for site in self.sites)
         phases = Counter(graph.phase for graph in self.graphs)
         line = (
             f"{sparse} of {len(self.sites)} projections sparse, {self.coverage:.1%} of linear MACs "
             f"covered, {self.removed:.1%} removed; graphs: "
             + ", ".join(f"{count} {phase}" for phase, count in phases.items())
+            + self._broken()
         )
         failures = [graph.fallback for graph in self.graphs if graph.fallback]
         return f"{line}; runs dense: {' '.join(failures[0].split())}" if failures else line
 
+    def _broken(self) -> str:
+        """Return the number of graph breaks for :meth:`summary`; none is worth telling if known."""
+        count = len(self.breaks)
+        if not count:
+            return "; no graph breaks" if self.explained else ""
+        return f"; {count} graph break{'s' * (count > 1)}"
+
     def __str__(self) -> str:
-        title = f"Amber: {self.summary()}"
-        return f"{title}\n\n{site_table(self.sites)}" if self.sites else title
+        output = f"output error: {self.output}" if self.output else ""
+        title = "\n".join(filter(None, [f"Amber: {self.summary()}", self.explained, output]))
+        parts = [title]
+        if self.breaks:
+            parts.append(break_list(self.breaks))
+        if worst := self.worst():
+            parts.append(worst_list(worst))
+        if self.sites:
+            parts.append(site_table(self.sites))
+        return "\n\n".join(parts)
 
 
 def last_reports() -> list[Report]:
@@ -186,11 +284,6 @@ def record(report: Report) -> None:
 def clear_reports() -> None:
     """Empty :func:`last_reports`."""
     _reports.clear()
-
-
-def _number(value: float | None) -> float | str | None:
-    """Return what JSON has for ``value``: it knows neither infinity nor NaN."""
-    return value if value is None or math.isfinite(value) else str(value)
 
 
 def _version() -> str:

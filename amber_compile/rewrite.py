@@ -12,9 +12,11 @@ from .analysis import Analysis, Decisions
 from .binding import Derived
 from .graph import copy_graph, positions
 from .passes.classify_phase import token_hints
+from .passes.fuse_projections import fuse_projections
 from .passes.sparsify_projections import sparsify_projections
 from .passes.verify import verify
 from .projection import Projection, fake, fake_mode_of
+from .stages import Stages
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,18 @@ class Rewritten:
     sites: list[tuple[Projection, Node]]
 
 
-def rewrite(analysis: Analysis, decisions: Decisions) -> Rewritten:
-    """Rewrite a copy of the graph by ``decisions``, one for each projection."""
+def rewrite(
+    analysis: Analysis,
+    decisions: Decisions,
+    stages: Stages | None = None,
+    *,
+    fuse: bool = True,
+) -> Rewritten:
+    """Rewrite a copy of the graph by ``decisions``, one for each projection.
+
+    ``stages`` takes down the graph after each pass. Without ``fuse`` selections stay nodes of
+    their own, even where a sparse matrix unit would take them.
+    """
     gm, nodes = copy_graph(analysis.gm)
     projections = [_moved(projection, nodes) for projection in analysis.projections]
     rows = token_hints(projections)
@@ -45,6 +57,13 @@ def rewrite(analysis: Analysis, decisions: Decisions) -> Rewritten:
         [analysis.min_tokens * max(1, own // max(1, rows[0])) for own in rows],
     )
     verify(gm, amber_only=True)
+    if stages is not None:
+        stages.take("sparsify_projections", gm, done.sites)
+    settings = [decision.settings for decision in decisions if decision.settings]
+    if fuse and fuse_projections(gm, done.sites, settings):
+        verify(gm, amber_only=True)
+        if stages is not None:
+            stages.take("fuse_projections", gm, done.sites)
     at = positions(gm)
     derived = tuple(Derived(at[one.weight], one.key) for one in done.factors)
     values = [_input_like(fake(node)) for node in list(at)[len(analysis.inputs) :]]

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from .breaks import Break
     from .report import Site
 
 WIDTH = 120
@@ -36,8 +37,8 @@ GAP = 3
 
 Row = list[str]
 HEADINGS: Row = ["projection", "weight", "input", "how, or why not", "kernel"]
-HOW = 3
-"""The column that may be cut down to a note."""
+HOW, KERNEL = 3, 4
+"""The columns that may be cut down to a note."""
 
 
 def site_table(sites: Sequence[Site]) -> str:
@@ -59,6 +60,24 @@ def site_table(sites: Sequence[Site]) -> str:
     return "\n".join([*lines, "", *notes] if notes else lines)
 
 
+def worst_list(sites: Sequence[Site]) -> str:
+    """Return the errors of ``sites``, which come sorted, for people."""
+    wide = max(len(site.name) for site in sites)
+    rows = [f"  {site.error:8.4f}  {site.name:{wide}}  {site.decision}" for site in sites]
+    return "\n".join(["worst sites, by relative error ‖Y - Y'‖ / ‖Y‖", *rows])
+
+
+def break_list(breaks: Sequence[Break]) -> str:
+    """Return ``breaks`` for people: reason, then the user's line, of each."""
+    width = shutil.get_terminal_size((WIDTH, 0)).columns
+    lines = ["graph breaks"]
+    for number, one in enumerate(breaks, 1):
+        reason = " ".join(one.reason.split())
+        lines.append(textwrap.fill(f"  {number}. {reason}", width, subsequent_indent="     "))
+        lines += [f"     {one.where}"] * bool(one.where)  # a path is never broken
+    return "\n".join(lines)
+
+
 def _row(site: Site) -> Row:
     settings = site.decision.settings
     return [
@@ -72,15 +91,27 @@ def _row(site: Site) -> Row:
 
 
 def _shorten(rows: Sequence[Row], width: int, headings: Row) -> list[str]:
-    """Replace what does not fit into ``width`` by the number of a note; return the notes."""
+    """Replace what does not fit into ``width`` by the number of a note; return the notes.
+
+    What a kernel lacks, behind a semicolon, is always a note.
+    """
+    notes: dict[str, int] = {}
+    for row in rows:
+        kernel, _, lacking = row[KERNEL].partition("; ")
+        if lacking:
+            row[KERNEL] = f"{kernel} {_note(lacking, notes)}"
     columns = list(zip(headings, *rows, strict=True))
     others = sum(max(map(len, column)) + GAP for column in columns[:HOW] + columns[HOW + 1 :])
     room = min(LONGEST, max(len(headings[HOW]), width - others))
-    notes: dict[str, int] = {}
     for row in rows:
         if len(row[HOW]) > room:
-            row[HOW] = f"[{notes.setdefault(row[HOW], len(notes) + 1)}]"
+            row[HOW] = _note(row[HOW], notes)
     return [
         textwrap.fill(f"[{number}] {text}", width, subsequent_indent="    ")
         for text, number in notes.items()
     ]
+
+
+def _note(text: str, notes: dict[str, int]) -> str:
+    """Return the number of the note that says ``text``, the next one if none does."""
+    return f"[{notes.setdefault(text, len(notes) + 1)}]"

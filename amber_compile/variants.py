@@ -25,13 +25,19 @@ from .owners import Built, Owners
 from .report import GraphReport
 from .rewrite import rewrite
 from .settings import Settings
+from .stages import Stages, code_recorded
+from .traced import traced
 
 Inner = Callable[[GraphModule, Sequence[Any], AmberConfig, bool], Compiled]
 """Compiles a graph: module, example inputs, options, and whether it holds Amber's operators."""
 
 
-def compile_variants(analysis: Analysis, inner: Inner, report: GraphReport) -> Compiled:
+def compile_variants(
+    analysis: Analysis, inner: Inner, report: GraphReport, *, fuse: bool = True
+) -> Compiled:
     """Compile every variant of a graph and return the callable that chooses among them.
+
+    Without ``fuse`` selections stay nodes of their own (rewrite.py).
 
     Raises:
         PlanError: if the plan belongs to another model.
@@ -41,11 +47,12 @@ def compile_variants(analysis: Analysis, inner: Inner, report: GraphReport) -> C
     started = time.perf_counter()
     owners = {names: analysis.decisions(names) for names in analysis.names}
     _tell_obstacles(analysis, owners)
+    report.traced = traced(analysis, owners)
     report.seconds += time.perf_counter() - started
     variants: dict[Sequence[Settings | None], Built] = {}
-    for decisions in owners.values():
+    for names, decisions in owners.items():
         if _key(decisions) not in variants:
-            variants[_key(decisions)] = _compile(analysis, decisions, inner, report)
+            variants[_key(decisions)] = _compile(analysis, names, decisions, inner, report, fuse)
     built = {names: variants[_key(decisions)] for names, decisions in owners.items()}
     sites = {
         names: analysis.sites(names, _kept(decisions, built[names].failure))
@@ -61,12 +68,22 @@ def compile_variants(analysis: Analysis, inner: Inner, report: GraphReport) -> C
     return Binding(choose.watched, choose, choose.dense)
 
 
-def _compile(analysis: Analysis, decisions: Decisions, inner: Inner, report: GraphReport) -> Built:
-    """Compile the graph under ``decisions``; dense, and said so, if that fails."""
+def _compile(
+    analysis: Analysis,
+    names: Names,
+    decisions: Decisions,
+    inner: Inner,
+    report: GraphReport,
+    fuse: bool,
+) -> Built:
+    """Compile the graph as it is decided for ``names``; dense, and said so, if that fails."""
     failure = None
+    started = time.perf_counter()
+    stages = Stages(analysis, names, report)
+    report.seconds += time.perf_counter() - started
     if any(decision.sparse for decision in decisions):
         try:
-            return _compile_sparse(analysis, decisions, inner, report)
+            return _compile_sparse(analysis, decisions, inner, report, stages, fuse)
         except RestartAnalysis:  # Dynamo will enter again, knowing more
             raise
         except Exception as cause:
@@ -81,19 +98,26 @@ def _compile(analysis: Analysis, decisions: Decisions, inner: Inner, report: Gra
             failure = f"the rewritten graph does not compile ({report.fallback})"
     # The compiler may change what it is given, and other variants are still to be made of it.
     gm = copy_graph(analysis.gm)[0] if len(analysis.names) > 1 else analysis.gm
-    return Built(Variant(inner(gm, analysis.inputs, analysis.config, False)), failure)
+    with code_recorded(report):
+        return Built(Variant(inner(gm, analysis.inputs, analysis.config, False)), failure)
 
 
 def _compile_sparse(
-    analysis: Analysis, decisions: Decisions, inner: Inner, report: GraphReport
+    analysis: Analysis,
+    decisions: Decisions,
+    inner: Inner,
+    report: GraphReport,
+    stages: Stages,
+    fuse: bool,
 ) -> Built:
     started = time.perf_counter()
-    rewritten = rewrite(analysis, decisions)
+    rewritten = rewrite(analysis, decisions, stages, fuse=fuse)
     # The compiler owns what it is given, and may change it.
-    twin = rewrite(analysis, decisions) if analysis.config.check else None
+    twin = rewrite(analysis, decisions, fuse=False) if analysis.config.check else None
     report.seconds += time.perf_counter() - started
     inputs = [*analysis.inputs, *rewritten.values]
-    compiled = inner(rewritten.gm, inputs, analysis.config, True)
+    with code_recorded(report):
+        compiled = inner(rewritten.gm, inputs, analysis.config, True)
     report.rewritten = max(report.rewritten, len(rewritten.sites))
     return Built(Variant(compiled, rewritten.derived), twin=twin)
 

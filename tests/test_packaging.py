@@ -98,7 +98,7 @@ def files(folder: Path, *patterns: str) -> set[str]:
 def test_wheel_has_every_file_of_the_packages(
     wheel: Path, checkout: Path, package: str, source: str
 ) -> None:
-    patterns = ("*.py", "*.cpp", "*.h", "*.json", "py.typed")
+    patterns = ("*.py", "*.cpp", "*.h", "*.json", "*.jinja", "*.css", "*.js", "py.typed")
     inside = files(wheel / package, *patterns)
     if source == "amber_compile":
         inside = {file for file in inside if not file.startswith(("passes/", "kernels/"))}
@@ -107,7 +107,11 @@ def test_wheel_has_every_file_of_the_packages(
 
 
 def test_wheel_has_nothing_else(wheel: Path) -> None:
-    assert {path.name for path in wheel.iterdir()} == {"amber_compile", f"{NAME}.dist-info"}
+    assert {path.name for path in wheel.iterdir()} == {
+        "amber_compile",
+        "amber_torch_logs",
+        f"{NAME}.dist-info",
+    }
 
 
 def test_wheel_has_the_license_and_both_backends(wheel: Path) -> None:

@@ -40,6 +40,18 @@ def test_the_table(monkeypatch):
     ]
 
 
+def test_what_a_kernel_lacks_is_a_note(monkeypatch):
+    sites = [
+        site("layers.0.q_proj", kernel="nm_select, Triton; 4:8 has no sparse unit"),
+        site("layers.0.k_proj", dense("rule: k_proj stays dense")),
+        site("layers.0.down_proj", kernel="nm_select, Triton; 4:8 has no sparse unit"),
+    ]
+    lines = table(120, monkeypatch, *sites)
+    assert lines[2].endswith("weight_norm                nm_select, Triton [1]")
+    assert lines[4].endswith("weight_norm                nm_select, Triton [1]")
+    assert lines[-1] == "[1] 4:8 has no sparse unit"
+
+
 LAYERS = [
     replace(one, name=f"model.layers.{layer}.{one.name}")
     for layer in range(32)
