@@ -43,6 +43,7 @@ def explain(
     *args: Any,
     kwargs: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
+    capability: tuple[int, int] | None = None,
     dynamic: bool = False,
     **options: Any,
 ) -> Report:
@@ -54,6 +55,8 @@ def explain(
         kwargs: keyword inputs of the model; apart, so that none is taken for an option.
         device: to explain for, ``"cuda"`` or ``"cpu"``; by default where the model lies, and
             ``"cuda"`` for a model on the meta device.
+        capability: compute capability of the GPU to explain for, such as ``(9, 0)``; by default
+            that of the one here.
         dynamic: leave sizes symbolic, as ``torch.compile(dynamic=True)`` does.
         options: the fields of :class:`AmberConfig`.
 
@@ -63,6 +66,7 @@ def explain(
         RewriteError: under ``strict=True``, if a planned projection cannot be sparsified.
     """
     from .fake_model import has_no_values, stand_in, without_values
+    from .kernels.cuda.device import assumed
     from .outside import linears_outside
     from .tracer import Tracer  # Dynamo: importing Amber does not import it
 
@@ -72,6 +76,7 @@ def explain(
     config = replace(config_for(model, options), check=False)
     weightless = has_no_values(model)
     target = _device(model, device, weightless)
+    _check_capability(capability, target)
     tracing: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     keywords = dict(kwargs or {})
     if weightless:
@@ -79,22 +84,28 @@ def explain(
         model = without_values(model, mode)
         args, keywords = tree_map(lambda value: stand_in(value, mode), (args, keywords))
     tracer = Tracer(config, target)
-    with registered(model), torch.no_grad(), tracing:
+    with registered(model), torch.no_grad(), tracing, assumed(capability):
         stopped = tracer.trace(model, args, keywords, dynamic)
     report = Report(tracer.graphs, unended=tracer.breaks)
     report.outside = linears_outside(model, report, tracer.read, stopped)
-    report.explained = _how(target, weightless, stopped)
+    report.explained = _how(target, capability, weightless, stopped)
     return report
 
 
-def _how(device: torch.device, weightless: bool, stopped: str | None) -> str:
+def _how(
+    device: torch.device,
+    capability: tuple[int, int] | None,
+    weightless: bool,
+    stopped: str | None,
+) -> str:
     """Return in a sentence how the model was looked at."""
+    target = f"{device.type} {capability[0]}.{capability[1]}" if capability else device.type
     values = (
         "from shapes alone: weights hold no values, so scores were neither computed nor checked"
         if weightless
         else "with its weights, whose scores were computed"
     )
-    line = f"explained for {device.type}, {values}"
+    line = f"explained for {target}, {values}"
     return f"{line}; tracing stopped half-way: {stopped}" if stopped else line
 
 
@@ -125,3 +136,14 @@ def _device(model: nn.Module, device: str | torch.device | None, weightless: boo
     if kind not in DEVICES:
         raise OptionError(choices("device", kind, DEVICES))
     return torch.device(device)
+
+
+def _check_capability(capability: tuple[int, int] | None, device: torch.device) -> None:
+    if capability is None:
+        return
+    pair = isinstance(capability, tuple) and [*map(type, capability)] == [int, int]
+    if not pair or device.type != "cuda":
+        raise OptionError(
+            f"capability={capability!r} for device={device.type!r}; valid: two whole numbers such "
+            "as (9, 0), of a CUDA device"
+        )

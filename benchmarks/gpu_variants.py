@@ -151,7 +151,7 @@ def why_not_sparse(variant: Variant, inputs: Inputs) -> str | None:
     if x.device.type != "cuda":
         return "there is no sparse kernel for a CPU"
     if variant.note == NM_LINEAR:
-        from amber_compile.kernels.cuda.tiles import crossover
+        from amber_compile.kernels.cuda.crossover import crossover
 
         least = crossover(variant.kind, *weight.shape)
         few = f"the table asks for {least} tokens" if x.shape[0] < least else None

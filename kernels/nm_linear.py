@@ -6,9 +6,9 @@ One operator for the whole projection: a device with a sparse matrix unit takes 
 compressing what it selects. Elsewhere the selection is followed by the dense product.
 
 On CUDA the sparse unit multiplies if it takes the pattern, the types and the sizes, and if the call
-has as many tokens as a static table asks for (cuda/tiles.py). Nothing is timed at run time, so one
-call always answers like the next. The two ways round differently: the sparse one corrects a token
-in fp32 behind the product, the masked one before it, in the activation's own type.
+has as many tokens as a static table asks for (cuda/crossover.py). Nothing is timed at run time, so
+one call always answers like the next. The two ways round differently: the sparse one corrects a
+token in fp32 behind the product, the masked one before it, in the activation's own type.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 
 from amber_compile.kernels.arguments import check_projection, check_selection
+from amber_compile.kernels.cuda.crossover import NEVER, crossover
 from amber_compile.kernels.cuda.device import KINDS, device_instruction, why_no_sparse_product
 from amber_compile.kernels.nm_compress import nm_compress
 from amber_compile.kernels.nm_matmul import nm_matmul
@@ -85,8 +86,6 @@ def kernel_of(x: torch.Tensor, weight: torch.Tensor) -> str:
 
 def _crossover(x: torch.Tensor, weight: torch.Tensor) -> int | None:
     """Return from how many tokens on a sparse product is used; None: never."""
-    from amber_compile.kernels.cuda.tiles import NEVER, crossover  # imports Triton
-
     least = crossover(KINDS[x.dtype], *weight.shape)
     return None if least >= NEVER else least
 

@@ -99,9 +99,34 @@ def test_a_capture_is_not_disturbed_and_not_remembered(gpu, monkeypatch):
 def test_an_old_triton_is_refused(monkeypatch, found, reason):
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(device, "version", lambda name: found)
-    device.why_no_triton.cache_clear()
+    device._why_no_triton_here.cache_clear()
     try:
         told = device.why_no_triton()
     finally:
-        device.why_no_triton.cache_clear()
+        device._why_no_triton_here.cache_clear()
     assert told is None if reason is None else reason in told
+
+
+# ---- a GPU that is not here ----------------------------------------------------------------------
+
+
+def test_a_capability_can_be_assumed(monkeypatch):
+    monkeypatch.setattr(device, "_why_no_triton_here", lambda: "Triton is not installed")
+    cuda = torch.device("cuda")
+    with device.assumed((9, 0)):
+        assert device.why_no_triton() is None
+        assert device.why_no_sparse_product(cuda, "fp8") is None
+        assert device.device_instruction(cuda) is device.WGMMA_SP
+        with device.assumed((8, 9)):
+            assert device.why_no_sparse_product(cuda, "fp8") == "mma.sp has no kernel for fp8"
+        with device.assumed((7, 5)):
+            assert "compute capability 7.5" in device.why_no_sparse_product(cuda, "bf16")
+        assert device.device_instruction(cuda) is device.WGMMA_SP
+    assert device.why_no_triton() == "Triton is not installed"
+
+
+def test_without_a_gpu_nothing_is_assumed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "_known", {})
+    reason = device.why_no_sparse_product(torch.device("cuda"), "bf16")
+    assert reason == "there is no CUDA device here"

@@ -431,3 +431,31 @@ def test_merged_explanations_list_a_linear_once() -> None:
     assert [graph.phase for graph in both.graphs] == ["prefill", "decode"]
     assert sorted(site.name for site in both.sites) == ["q_proj", "scale", "spare"]
     assert both.explained
+
+
+# ---- a GPU that is not here ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernel"),
+    [
+        ((9, 0), "nm_linear, wgmma.sp from 1024 tokens"),
+        ((8, 0), "nm_linear, mma.sp from 1024 tokens"),
+        ((7, 5), "nm_select, Triton; no sparse kernel for compute capability 7.5"),
+    ],
+)
+def test_a_gpu_is_named_by_its_compute_capability(capability: Any, kernel: str) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4096, 8192, bias=False, dtype=torch.bfloat16))
+        x = torch.empty(2048, 4096, dtype=torch.bfloat16)
+    report = explain(model, x, capability=capability, projections=["*"])
+    assert [site.kernel for site in report.sites] == [kernel]
+    assert f"explained for cuda {capability[0]}.{capability[1]}, " in str(report)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"capability": 9.0}, {"capability": (9, 0), "device": "cpu"}, {"capability": (9,)}]
+)
+def test_a_capability_is_two_numbers_of_a_gpu(wrong: Any) -> None:
+    with pytest.raises(OptionError, match=r"capability=.*valid: two whole numbers"):
+        explain(nn.Linear(4, 4), torch.zeros(1, 4), **wrong)

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dense-prefix", type=int, help="first tokens to leave dense")
     parser.add_argument("--min-tokens", type=int, help="fewer tokens stay dense")
     parser.add_argument("--device", default="cuda", help="to explain for: cuda (default) or cpu")
-    parser.add_argument("--machine", help="expect the speed-up of this GPU, such as 'H100 SXM'")
+    parser.add_argument("--machine", help="the GPU to explain for, such as 'H100 SXM'")
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.add_argument("--html", metavar="PATH", help="write a page with the graphs as well")
 
@@ -64,16 +64,23 @@ def run(arguments: argparse.Namespace) -> int:
     _say(f"tracing {shape[0]} x {shape[1]} tokens for {arguments.device}")
     tokens = torch.empty(shape, dtype=torch.long, device="meta")
     try:
-        report = explain(model, tokens, device=arguments.device, **options)
+        report = explain(
+            model,
+            tokens,
+            device=arguments.device,
+            capability=_capability(arguments),
+            **options,
+        )
     except AmberError:
         raise
     except Exception as cause:  # whatever a model's own code raises
         raise ModelError(f"{arguments.model} cannot be traced: {first_line(cause)}") from cause
     worth = expectation(report, rates, next(model.parameters()).dtype, math.prod(shape))
+    report.explained += f"\n{worth['text']}"
     if arguments.html:
         report.to_html(arguments.html, title=arguments.model)
         _say(f"wrote {arguments.html}")
-    print(_json(report, worth, arguments) if arguments.json else f"{report}\n\n{worth['text']}")
+    print(_json(report, worth, arguments) if arguments.json else report)
     return 0
 
 
@@ -106,6 +113,14 @@ def _rates(arguments: argparse.Namespace) -> Rates | None:
     if arguments.machine:
         return rates_of(arguments.machine)
     return rates_of_device("cuda") if arguments.device == "cuda" else None
+
+
+def _capability(arguments: argparse.Namespace) -> tuple[int, int] | None:
+    """Return the compute capability of the GPU that is named, if one is."""
+    from amber_compile.cost.rates import capability_of
+
+    named = arguments.machine and arguments.device == "cuda"
+    return capability_of(arguments.machine) if named else None
 
 
 # ---- the model -----------------------------------------------------------------------------------

@@ -129,6 +129,14 @@ def rates_of(machine: str | Rates) -> Rates:
     return _machines()[machine]
 
 
+def capability_of(machine: str) -> tuple[int, int]:
+    """Return the compute capability of a machine, one of :func:`machines`."""
+    rates_of(machine)  # an unknown name is an error
+    (told,) = (one["capability"] for one in _data()["machines"] if one["name"] == machine)
+    major, minor = told.split(".")
+    return int(major), int(minor)
+
+
 def rates_of_device(device: torch.device | str) -> Rates | None:
     """Return the rates that come with the package for a GPU of this machine, or None."""
     device = torch.device(device)

@@ -14,9 +14,12 @@ device on which it has not runs dense products of masked activations, and one wa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -57,12 +60,32 @@ def instruction_of(capability: tuple[int, int]) -> Instruction | None:
 
 def device_instruction(device: torch.device) -> Instruction | None:
     """Return the sparse matrix instruction of a CUDA device, or None."""
-    return instruction_of(torch.cuda.get_device_capability(device))
+    return instruction_of(_assumed.get() or torch.cuda.get_device_capability(device))
+
+
+_assumed: ContextVar[tuple[int, int] | None] = ContextVar("assumed", default=None)
+
+
+@contextlib.contextmanager
+def assumed(capability: tuple[int, int] | None) -> Iterator[None]:
+    """Answer for a device of this compute capability that is not here; None: for those that are.
+
+    There Triton is taken to be installed, and the self-test to pass.
+    """
+    before = _assumed.set(capability)
+    try:
+        yield
+    finally:
+        _assumed.reset(before)
+
+
+def why_no_triton() -> str | None:
+    """Return why Triton kernels cannot be compiled here, or None."""
+    return None if _assumed.get() else _why_no_triton_here()
 
 
 @functools.cache
-def why_no_triton() -> str | None:
-    """Return why Triton kernels cannot be compiled here, or None."""
+def _why_no_triton_here() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     try:
@@ -81,6 +104,8 @@ def why_no_sparse_product(device: torch.device, kind: str) -> str | None:
     The first question about a kind runs the self-test, which waits for the device. It cannot while
     a CUDA graph is captured: ask once before, as the backend does.
     """
+    if capability := _assumed.get():
+        return _why_no_kernel(capability, kind)
     key = device.index, kind
     if key not in _known:
         if not torch.cuda.is_available():
@@ -94,18 +119,23 @@ def why_no_sparse_product(device: torch.device, kind: str) -> str | None:
 _known: dict[tuple[int | None, str], str | None] = {}
 
 
-def _ask(device: torch.device, kind: str) -> str | None:
-    capability = torch.cuda.get_device_capability(device)
+def _why_no_kernel(capability: tuple[int, int], kind: str) -> str | None:
     instruction = instruction_of(capability)
     if instruction is None:
         return f"no sparse kernel for compute capability {capability[0]}.{capability[1]}"
     if kind not in instruction.kinds:
         return f"{instruction.name} has no kernel for {kind}"
-    if reason := why_no_triton():
+    return None
+
+
+def _ask(device: torch.device, kind: str) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if reason := _why_no_kernel(capability, kind) or why_no_triton():
         return reason
     from amber_compile.kernels.cuda.self_test import why_wrong  # imports Triton
 
     if failure := why_wrong(device, kind):
+        instruction = BY_CAPABILITY[capability]
         warnings.warn(
             f"amber: {instruction.name} for {kind} fails its self-test on {device}, so dense "
             f"products of masked activations run instead: {failure}",

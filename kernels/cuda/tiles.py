@@ -1,4 +1,4 @@
-"""Which tile wgmma.sp computes, and from how many tokens on a sparse product is used at all.
+"""Which tile of y wgmma.sp computes at a time.
 
 Nothing here has been measured. A tile's ``source`` says so, until benchmarks/gpu_tune.py gives
 another. Of the tiles of the table that one is chosen for which this model expects the least time:
@@ -69,26 +69,3 @@ def _clocks(
     stage = max(tensor, loaded * max(active / L2, 1 / PORT))
     slots = -(-channels // (64 * blocks * tile.pair))
     return -(-tiles // processors) * (slots * tile.pair * stage + STORE)
-
-
-# ---- crossover -----------------------------------------------------------------------------------
-
-NEVER = 1 << 62
-CROSSOVERS = (  # kinds, outputs from, channels from, tokens from; the first that applies
-    (NARROW, 2048, 2048, 512),
-    (WIDE, 8192, 2048, 1024),
-    (WIDE, 4096, 4096, 2048),
-)
-"""Estimated from rooflines of an H100 that count the pass that compresses, not measured: bf16 gains
-5 to 40 % at these sizes if the kernel reaches two thirds of its peak, 8 bit 40 % and more."""
-
-
-def crossover(kind: str, outputs: int, channels: int) -> int:
-    """Return the least number of tokens for which a sparse product is used instead of a dense one.
-
-    With few outputs the pass that compresses costs more than the product saves: ``NEVER``.
-    """
-    for kinds, least_outputs, least_channels, tokens in CROSSOVERS:
-        if kind in kinds and outputs >= least_outputs and channels >= least_channels:
-            return tokens
-    return NEVER

@@ -6,11 +6,9 @@ pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from amber_compile.kernels.cuda.tiles import (
     ESTIMATED,
-    NEVER,
     TABLE,
     _clocks,
     choose,
-    crossover,
 )
 from amber_compile.kernels.cuda.wgmma_sp_instruction import SHARED_MEMORY, Tile
 
@@ -58,15 +56,3 @@ def test_the_model_counts_what_a_stage_needs():
     memory, four of them; 41984 bytes from the L2 cache at 64 a clock are more."""
     clocks = [_clocks(Tile(256, 4), "bf16", 128, 256, k, H100) for k in (64, 128)]
     assert clocks[1] - clocks[0] == max(4 * 144, (8192 + 32768 + 1024) / 64)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_small_projections_stay_dense(kind):
-    assert crossover(kind, 1024, 4096) == NEVER
-    assert crossover(kind, 4096, 64) == NEVER
-
-
-@pytest.mark.parametrize(("kind", "tokens"), [("bf16", 2048), ("fp16", 2048), ("int8", 512)])
-def test_large_projections_are_sparse_from_some_count_on(kind, tokens):
-    assert crossover(kind, 4096, 4096) == tokens
-    assert crossover(kind, 14336, 4096) <= tokens
