@@ -24,11 +24,16 @@ from amber_compile.errors import AmberError, OptionError, whole_number
 from amber_compile.report import Report
 from amber_compile.table import worst_list
 
-from .models import ModelError, check_folder, first_line, language_model_class
+from .models import (
+    ModelError,
+    add_options,
+    check_folder,
+    first_line,
+    language_model_class,
+    options_of,
+)
 
 HELP = "what sparsity changes in a model that reads a text: the error by site and at the output"
-OPTIONS = ("preset", "pattern", "plan", "skip", "projections", "dense_prefix", "min_tokens")
-"""The arguments that are options of the backend."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,21 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of a model, or a hub name")
     parser.add_argument("--text", metavar="FILE", required=True, help="what the model reads")
     parser.add_argument("--tokens", type=int, default=512, help="of the text's start (512)")
-    parser.add_argument("--pattern", help="N:M, such as 2:4, 4:8, 8:16")
-    parser.add_argument("--preset", help="amber or paper")
-    parser.add_argument("--plan", help="file of a plan: it decides instead of preset and pattern")
-    parser.add_argument("--skip", action="append", help="names to leave dense, by fnmatch")
-    parser.add_argument("--projections", action="append", help="names to sparsify, by fnmatch")
-    parser.add_argument("--dense-prefix", type=int, help="first tokens to leave dense")
-    parser.add_argument("--min-tokens", type=int, help="fewer tokens stay dense")
+    add_options(parser)
     parser.add_argument("--worst", type=int, default=10, help="how many sites to print (10)")
     parser.add_argument("--json", action="store_true", help="for machines, with every site")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the model and print the errors."""
-    given = {name: getattr(arguments, name) for name in OPTIONS}
-    options = {name: value for name, value in given.items() if value is not None}
+    options = options_of(arguments)
     tokens = whole_number("tokens", arguments.tokens, 1)
     worst = whole_number("worst", arguments.worst, 1)
     text = _read(arguments.text)

@@ -23,14 +23,19 @@ from amber_compile.errors import AmberError, whole_number
 from amber_compile.explain import explain
 from amber_compile.report import Report
 
-from .models import ModelError, check_folder, first_line, language_model_class
+from .models import (
+    ModelError,
+    add_options,
+    check_folder,
+    first_line,
+    language_model_class,
+    options_of,
+)
 
 if TYPE_CHECKING:
     from amber_compile.cost.rates import Rates
 
 HELP = "what would be sparse in a model, why the rest is not, and what it is worth"
-OPTIONS = ("preset", "pattern", "plan", "skip", "projections", "dense_prefix", "min_tokens")
-"""The arguments that are options of the backend."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,13 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder with a config.json, or a hub name")
     parser.add_argument("--tokens", type=int, default=2048, help="of a sequence (2048)")
     parser.add_argument("--batch", type=int, default=1, help="sequences (1)")
-    parser.add_argument("--pattern", help="N:M, such as 2:4, 4:8, 8:16")
-    parser.add_argument("--preset", help="amber or paper")
-    parser.add_argument("--plan", help="file of a plan: it decides instead of preset and pattern")
-    parser.add_argument("--skip", action="append", help="names to leave dense, by fnmatch")
-    parser.add_argument("--projections", action="append", help="names to sparsify, by fnmatch")
-    parser.add_argument("--dense-prefix", type=int, help="first tokens to leave dense")
-    parser.add_argument("--min-tokens", type=int, help="fewer tokens stay dense")
+    add_options(parser)
     parser.add_argument("--device", default="cuda", help="to explain for: cuda (default) or cpu")
     parser.add_argument("--machine", help="the GPU to explain for, such as 'H100 SXM'")
     parser.add_argument("--json", action="store_true", help="for machines")
@@ -54,8 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Explain the model and print what was found."""
     rates = _rates(arguments)
-    given = {name: getattr(arguments, name) for name in OPTIONS}
-    options = {name: value for name, value in given.items() if value is not None}
+    options = options_of(arguments)
     shape = tuple(whole_number(name, getattr(arguments, name), 1) for name in ("batch", "tokens"))
     model = build(arguments.model)
     known = getattr(model.config, "max_position_embeddings", None)

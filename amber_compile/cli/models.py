@@ -1,15 +1,36 @@
-"""Models that a command names: a folder with a config.json, or a name of the hub."""
+"""What commands on models share: the backend's options, and models by folder or hub name."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 from amber_compile.errors import AmberError
 
+OPTIONS = ("preset", "pattern", "plan", "skip", "projections", "dense_prefix", "min_tokens")
+"""The arguments that are options of the backend."""
+
 
 class ModelError(AmberError, ValueError):
     """A model cannot be found, read or traced."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the backend."""
+    parser.add_argument("--pattern", help="N:M, such as 2:4, 4:8, 8:16")
+    parser.add_argument("--preset", help="amber or paper")
+    parser.add_argument("--plan", help="file of a plan: it decides instead of preset and pattern")
+    parser.add_argument("--skip", action="append", help="names to leave dense, by fnmatch")
+    parser.add_argument("--projections", action="append", help="names to sparsify, by fnmatch")
+    parser.add_argument("--dense-prefix", type=int, help="first tokens to leave dense")
+    parser.add_argument("--min-tokens", type=int, help="fewer tokens stay dense")
+
+
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that were given."""
+    given = {name: getattr(arguments, name) for name in OPTIONS}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def check_folder(name: str) -> None:
