@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.node import map_arg
@@ -82,10 +83,15 @@ def positions(gm: GraphModule) -> dict[Node, int]:
 
 
 def call(target: Any, args: Any, kwargs: Any) -> Any:
-    """Run what a node's target names: a function, or a method of the first argument."""
-    if isinstance(target, str):
-        return getattr(args[0], target)(*args[1:], **kwargs)
-    return target(*args, **kwargs)
+    """Run what a node's target names: a function, or a method of the first argument.
+
+    As Dynamo does it, through PyTorch's Python dispatcher: before PyTorch 2.13 the C++ body of
+    ``linear`` would ask a symbolic size for its value.
+    """
+    with enable_python_dispatcher():
+        if isinstance(target, str):
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)
 
 
 def written_storages(graph: Graph) -> set[StorageWeakRef]:

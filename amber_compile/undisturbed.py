@@ -25,7 +25,13 @@ from torch.fx import GraphModule
 from .breaks import Break
 
 Backend = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
-SETTINGS = {"automatic_dynamic_shapes": False, "suppress_errors": False, "disable": False}
+SETTINGS = {
+    "automatic_dynamic_shapes": False,
+    "suppress_errors": False,
+    "disable": False,
+    "recompile_limit": 1 << 20,  # counts the user's own recompilations too before PyTorch 2.13
+    "accumulated_recompile_limit": 1 << 20,
+}
 
 
 @contextlib.contextmanager
