@@ -55,10 +55,13 @@ def _same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def _problem(device: torch.device, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return activations, a weight of the kind's type, and a factor."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(TOKENS, CHANNELS, generator=generator)
-    weight = torch.randn(OUTPUTS, CHANNELS, generator=generator)
-    factor = torch.rand(CHANNELS, generator=generator) + 0.5
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:  # whatever the defaults of the process are
+        return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
+
+    x, weight = normal(TOKENS, CHANNELS), normal(OUTPUTS, CHANNELS)
+    factor = normal(CHANNELS).abs() + 0.5
     x = x.to(torch.float16 if kind == "fp16" else torch.bfloat16)
     if kind == "int8":
         weight = (weight * 30).clamp(-127, 127).round()

@@ -94,3 +94,13 @@ def test_a_kernel_that_does_not_compile_is_a_reason(monkeypatch):
 
     multiply_by(monkeypatch, fail)
     assert why_wrong(CPU, "bf16") == "RuntimeError: PTXAS error"
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_the_defaults_of_the_process_do_not_matter(monkeypatch, kind):
+    with torch.device("meta"):
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert why_wrong(CPU, kind) is None
+        finally:
+            torch.set_default_dtype(torch.float32)
