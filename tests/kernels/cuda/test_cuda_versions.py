@@ -23,6 +23,7 @@ PATTERNS = (
     "test_cuda_mma_sp.py",
     "test_cuda_nm_*.py",
 )
+TOGETHER = ("-n", "2", "--dist", "loadfile")
 PROGRAM = """
 import sys, pytest, triton
 print(triton.__version__, triton.__file__, flush=True)
@@ -48,7 +49,7 @@ def test_kernels_pass_under_the_other_triton(folder):
     ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "-q", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-c", PROGRAM, "-q", "-p", "no:cacheprovider", *TOGETHER, *files],
         env={**ours, "PYTHONPATH": path},
         cwd=HERE.parents[2],
         capture_output=True,
