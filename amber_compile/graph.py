@@ -7,6 +7,7 @@ input that Dynamo does not know), ``_param_name_to_source`` and ``meta`` of the 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
@@ -24,6 +25,8 @@ from .projection import fake_mode_of, value_of
 
 STATIC = {"_dynamo_static_input_type": "unguarded"}
 """Tells CUDA graphs that an input keeps its address."""
+
+ASKS_SIZES = torch.torch_version.TorchVersion(torch.__version__) < (2, 13)
 
 WRITERS = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"}
 WRITERS |= {"iand", "ior", "ixor", "ilshift", "irshift"}
@@ -85,10 +88,10 @@ def positions(gm: GraphModule) -> dict[Node, int]:
 def call(target: Any, args: Any, kwargs: Any) -> Any:
     """Run what a node's target names: a function, or a method of the first argument.
 
-    As Dynamo does it, through PyTorch's Python dispatcher: before PyTorch 2.13 the C++ body of
-    ``linear`` would ask a symbolic size for its value.
+    Before PyTorch 2.13 as Dynamo does it, through the Python dispatcher: there the C++ body of
+    ``linear`` would ask a symbolic size for its value. It takes a millisecond a call.
     """
-    with enable_python_dispatcher():
+    with enable_python_dispatcher() if ASKS_SIZES else contextlib.nullcontext():
         if isinstance(target, str):
             return getattr(args[0], target)(*args[1:], **kwargs)
         return target(*args, **kwargs)
