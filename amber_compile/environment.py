@@ -73,8 +73,11 @@ def environment() -> Environment:
     no_gpu = _why_no_gpu()
     indices = () if no_gpu else range(torch.cuda.device_count())
     return Environment(
-        versions={"python": platform.python_version(), **{one: _version(one) for one in PACKAGES}},
-        cpu=f"{_cpu_name()}, {os.cpu_count()} cores",
+        versions={
+            "python": platform.python_version(),
+            **{one: installed_version(one) for one in PACKAGES},
+        },
+        cpu=f"{cpu_name()}, {os.cpu_count()} cores",
         cpu_kernel=cpu_kernel(),
         gpus=tuple(_gpu(torch.device("cuda", index)) for index in indices),
         no_gpu=no_gpu,
@@ -105,14 +108,16 @@ def _why_no_gpu() -> str | None:
     return None
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Return the version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the name that the CPU gives itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -6,20 +6,17 @@ import datetime
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
+from amber_compile.environment import cpu_name, installed_version
 from amber_compile.kernels import cpu_kernel
 
 
 def machine() -> dict[str, str]:
     """Return CPU, GPU, load, versions and date: what every result is printed and stored with."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return {
-        "cpu": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",
+        "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
         "load": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -40,7 +37,7 @@ def gpu() -> dict[str, str]:
         "gpu cache": f"{found.L2_cache_size / 2**20:.0f} MiB",
         "cuda": str(torch.version.cuda),
         "driver": _driver(),
-        "triton": _version("triton"),
+        "triton": installed_version("triton") or "none",
     }
 
 
@@ -52,10 +49,3 @@ def _driver() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return said.split("\n")[0].strip()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
