@@ -26,7 +26,7 @@ from .projection import fake_mode_of, value_of
 STATIC = {"_dynamo_static_input_type": "unguarded"}
 """Tells CUDA graphs that an input keeps its address."""
 
-ASKS_SIZES = torch.torch_version.TorchVersion(torch.__version__) < (2, 13)
+ASKS_SIZES = torch.torch_version.TorchVersion(torch.__version__) < "2.13"
 
 WRITERS = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"}
 WRITERS |= {"iand", "ior", "ixor", "ilshift", "irshift"}
