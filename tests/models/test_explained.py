@@ -62,7 +62,7 @@ def test_a_meta_model_that_asks_for_values_is_explained_up_to_there() -> None:
 
 
 LARGE = """
-import resource, torch, transformers
+import torch, transformers
 from amber_compile import explain
 
 sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 8}
@@ -72,12 +72,16 @@ with torch.device("meta"):
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 report = explain(model, torch.empty(1, 2048, dtype=torch.long, device="meta"))
 weights = sum(parameter.nbytes for parameter in model.parameters())
-print(weights, len(report.sites), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(weights, len(report.sites), 1024 * int(status["VmHWM"].split()[0]))
 """
 
 
 def test_a_large_model_takes_the_memory_of_its_shapes() -> None:
-    """Eight layers of the width of Llama 3.1 70B, in a process of its own."""
+    """Eight layers of the width of Llama 3.1 70B, in a process of its own.
+
+    ``ru_maxrss`` would do for no child: it starts from what the parent once took.
+    """
     done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     weights, sites, peak = map(int, done.stdout.split())
