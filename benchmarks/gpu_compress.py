@@ -2,8 +2,9 @@
 
 The bytes of a row are the fewest that the operation can move: the activation is read once, and
 values, metadata and scales are written once. A quantising compression that reads its input twice
-is therefore charged for it. Small tensors are bound by their launch: the target counts from
-``LARGE`` bytes on, and each row also has the bandwidth of a copy of as many bytes.
+is therefore charged for it. ``quantize`` makes dense codes, ``select`` a dense mask. Small tensors
+are bound by their launch: the target counts from ``LARGE`` bytes on, and each row also has the
+bandwidth of a copy of as many bytes.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ def selected_bytes(tokens: int, channels: int) -> int:
     return 4 * tokens * channels + 4 * channels
 
 
+def quantized_bytes(tokens: int, channels: int) -> int:
+    """Return the bytes that the dense codes of an activation move at least."""
+    return 3 * tokens * channels + 4 * tokens
+
+
 Operation = Callable[[Inputs], object]
 
 
@@ -56,12 +62,21 @@ def operations(
         kept: Tensor = amber.nm_select(inputs.x, inputs.weights.factor, n, m)
         return kept
 
+    def quantize(inputs: Inputs, kind: str) -> object:
+        return amber.quantize_rows(inputs.x, None, kind)
+
     found: dict[str, tuple[int, Operation]] = {}
     for kind in kinds:
         for correction in CORRECTIONS:
             moved = compressed_bytes(tokens, channels, kind, kind != "bf16" or bool(correction))
             name = f"compress {kind}" + (f", {correction}" if correction else "")
             found[name] = moved, partial(compress, kind=kind, correction=correction)
+    for kind in kinds:
+        if kind != "bf16":
+            found[f"quantize {kind}"] = (
+                quantized_bytes(tokens, channels),
+                partial(quantize, kind=kind),
+            )
     for n, m in MASKS:
         found[f"select {n}:{m}"] = selected_bytes(tokens, channels), partial(select, n=n, m=m)
     return found

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from gpu_exact import Block, check
 from gpu_operands import Inputs, Shape, Weights, points
-from gpu_variants import AMBER, NM_LINEAR, Variant, cusparselt, variants, why_not_sparse
+from gpu_variants import AMBER, CHOOSING, W8A8, Variant, cusparselt, variants, why_not_sparse
 from timing import Call, Clock, Time, copies, in_turns, reason
 from tqdm import tqdm
 
@@ -79,7 +79,7 @@ def compare(clock: Clock, sets: Sequence[Inputs], ways: Sequence[Variant]) -> It
     times = in_turns(clock, entries) | failed
     for way in ways:
         row = _columns(way) | {"error_of_budget": errors.get(way.name)}
-        if way.note == NM_LINEAR:
+        if way.note in CHOOSING:
             row["dense_because"] = why_not_sparse(way, sets[0])
         yield row | timed(work, times[way.name])
 
@@ -94,7 +94,8 @@ def operands(shape: Shape, tokens: int, device: torch.device, cache: int) -> lis
 
 def _fallen_back(way: Variant, inputs: Inputs) -> str:
     """Return why what is to be timed as a sparse kernel is the reference, or ""."""
-    if way.library != AMBER or way.note == NM_LINEAR or inputs.x.device.type != "cuda":
+    dense = way.library != AMBER or way.note in (*CHOOSING, W8A8)
+    if dense or inputs.x.device.type != "cuda":
         return ""
     reason_not = why_not_sparse(way, inputs)
     return f"runs the reference: {reason_not}" if reason_not else ""

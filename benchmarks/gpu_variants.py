@@ -6,6 +6,7 @@
 A stage says what is in the time. ``multiply``: operands are ready. ``compress+multiply``: all that
 2:4 adds. ``quantize+multiply``: codes and scales of a dense activation, by Inductor, then the dense
 product; the scaling of its int32 outputs is left out, in favour of dense int8.
+Ours named ``W8A8`` is the operator without a selection, scales and rounding included.
 ``select+compress+multiply``: cuSPARSELt compresses only what is zero already, so ``nm_select``
 comes first; its ``compress+multiply`` is for an activation that came selected.
 """
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
-from gpu_operands import KINDS, Inputs, amber, quantize_rows
+from gpu_operands import KINDS, LIMITS, Inputs, amber, quantize_rows
 from torch import Tensor
 
 from amber_compile.kernels.nm_linear import why_masked
@@ -26,8 +27,9 @@ from amber_compile.kernels.nm_matmul import why_reference
 DENSE, CUSPARSELT, AMBER = "dense", "cuSPARSELt", "amber"
 MULTIPLY, COMPRESS = "multiply", "compress+multiply"
 SELECT, QUANTIZE = "select+compress+multiply", "quantize+multiply"
-NM_LINEAR = "nm_linear"
-"""The note of the one variant that may choose not to be sparse."""
+NM_LINEAR, NM_QUANTIZED, W8A8 = "nm_linear", "nm_quantized_linear", "W8A8"
+CHOOSING = (NM_LINEAR, NM_QUANTIZED)
+"""The notes of the variants that may choose not to be sparse."""
 BF16 = torch.bfloat16
 
 
@@ -138,26 +140,38 @@ def _nm_linear(inputs: Inputs) -> Tensor:
     return y
 
 
+def _nm_quantized_linear(inputs: Inputs, kind: str, n: int) -> Tensor:
+    codes, scale = inputs.weights.operand(kind)
+    y: Tensor = amber.nm_quantized_linear(
+        inputs.x, inputs.weights.factor, None, codes, scale, None, n, 4, kind
+    )
+    return y
+
+
 def _amber() -> Iterator[Variant]:
     for kind in KINDS:
         yield Variant(AMBER, kind, MULTIPLY, partial(_multiply, kind=kind))
         yield Variant(AMBER, kind, COMPRESS, partial(_compress_multiply, kind=kind))
     yield Variant(AMBER, "bf16", COMPRESS, _nm_linear, NM_LINEAR)
+    for kind in LIMITS:
+        run = partial(_nm_quantized_linear, kind=kind)
+        yield Variant(AMBER, kind, COMPRESS, partial(run, n=2), NM_QUANTIZED)
+        yield Variant(AMBER, kind, QUANTIZE, partial(run, n=4), W8A8, selected=False)
 
 
 def why_not_sparse(variant: Variant, inputs: Inputs) -> str | None:
     """Return why a variant of ours runs something else than a sparse kernel, or None."""
-    x, weight = inputs.x, inputs.weights.dense
+    x, (weight, _) = inputs.x, inputs.weights.operand(variant.kind)
     if x.device.type != "cuda":
         return "there is no sparse kernel for a CPU"
-    if variant.note == NM_LINEAR:
+    if variant.note in CHOOSING:
         from amber_compile.kernels.cuda.crossover import crossover
 
         least = crossover(variant.kind, *weight.shape)
         few = f"the table asks for {least} tokens" if x.shape[0] < least else None
         return why_masked(x, weight, 2, 4, None) or few
     values, metadata, _ = inputs.compressed(variant.kind)
-    return why_reference(values, metadata, inputs.weights.operand(variant.kind)[0])
+    return why_reference(values, metadata, weight)
 
 
 # ---- cuSPARSELt ----------------------------------------------------------------------------------

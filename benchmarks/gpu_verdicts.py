@@ -135,12 +135,14 @@ class Target:
 
 
 WHOLE = "compress+multiply"
+QUANTIZED = "nm_quantized_linear"
 TARGETS = (
     Target("bf16, 4096→14336, of dense bf16", "bf16", "to_bf16", 1.35, 4096, 14336),
     Target("bf16, 14336→4096, of dense bf16", "bf16", "to_bf16", 1.2, 14336, 4096),
     Target("int8, MLP shapes, of dense bf16", "int8", "to_bf16", 2.2),
     Target("int8, MLP shapes, of dense int8", "int8", "to_own_kind", 1.35),
     Target("nm_linear where it is sparse", "bf16", "to_bf16", 1.0, tokens=1, note="nm_linear"),
+    Target(f"{QUANTIZED} where it is sparse", "int8", "to_own_kind", 1.0, tokens=1, note=QUANTIZED),
 )
 COMPRESS_TARGET = 0.75
 

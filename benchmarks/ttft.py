@@ -3,10 +3,13 @@
     python benchmarks/ttft.py [--out FILE] [--models llama qwen2] [--tokens 2048 8192] [--layers 8]
     python benchmarks/ttft.py --config small               a tiny model, on a CPU, in a minute
 
-    eager        the model as transformers runs it
-    compile      torch.compile with Inductor
-    amber        torch.compile(backend="amber"): 2:4 by the rule
-    amber int8   the same with 8-bit values, once the backend has that option
+    eager               the model as transformers runs it
+    compile             torch.compile with Inductor
+    amber               torch.compile(backend="amber"): 2:4 by the rule
+    amber W8A8          int8 weights and activations in every projection but the head, none sparse
+    amber int8          the same and 2:4 by the rule
+    amber int8 decode   decode has the int8 weights too, and their 16-bit copies are released
+    amber fp8           as amber int8, in e4m3
 
 Prefill is one call on T tokens of one sequence, with the logits of the last token only; keys and
 values are computed, and not kept. Decode is one more token behind T, in a cache of a fixed size. A
@@ -36,7 +39,16 @@ from rich.table import Table
 from timing import reason
 from torch import Tensor, nn
 from tqdm import tqdm
-from ttft_models import MODELS, SMALL, WAYS, Session, build, configuration, why_not
+from ttft_models import (
+    MODELS,
+    SMALL,
+    WAYS,
+    Session,
+    build,
+    configuration,
+    releases_weights,
+    why_not,
+)
 
 import amber_compile
 
@@ -47,7 +59,7 @@ Row = dict[str, Any]
 
 
 def measure(model: nn.Module, prompt: Tensor, way: str, rounds: int, device: torch.device) -> Row:
-    """Return the columns of one way: first call, prefill and decode, in seconds."""
+    """Return the columns of one way: first call, prefill and decode in seconds, bytes on a GPU."""
     if reason_not := why_not(way):
         return {"note": reason_not}
     try:
@@ -57,6 +69,8 @@ def measure(model: nn.Module, prompt: Tensor, way: str, rounds: int, device: tor
         if way.startswith("amber"):
             row["coverage"] = amber_compile.last_reports()[-1].coverage
         row["decode"] = times(session.decode, 2 * rounds, device, session.rewind)
+        if device.type == "cuda":
+            row["allocated"] = torch.cuda.memory_allocated(device)
     except Exception as error:  # out of memory, a compiler's: the other ways still count
         return {"error": reason(error)}
     return row
@@ -100,6 +114,9 @@ def rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[Row]:
             prompt = torch.randint(0, SMALL["vocab_size"], (1, count), device=device)
             head = {"model": name, "layers": config.num_hidden_layers, "tokens": count, "way": way}
             yield head | measure(model, prompt, way, arguments.rounds, device)
+            if releases_weights(way):
+                del model
+                model = build(config, device)
         del model
         gc.collect()
 

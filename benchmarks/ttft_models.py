@@ -87,7 +87,13 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "eager": None,
     "compile": {"backend": "inductor"},
     "amber": {"backend": "amber"},
+    "amber W8A8": {"backend": "amber", "options": {"quantize": "int8", "projections": ()}},
     "amber int8": {"backend": "amber", "options": {"quantize": "int8"}},
+    "amber int8 decode": {
+        "backend": "amber",
+        "options": {"quantize": "int8", "decode": "int8"},
+    },
+    "amber fp8": {"backend": "amber", "options": {"quantize": "fp8"}},
 }
 
 
@@ -97,6 +103,11 @@ def why_not(way: str) -> str | None:
     known = {field.name for field in fields(AmberConfig)}
     missing = sorted(set(options) - known)
     return f"not available yet: no option {missing[0]!r}" if missing else None
+
+
+def releases_weights(way: str) -> bool:
+    """Return whether a model that was run in that way has lost its 16-bit weights."""
+    return "decode" in (WAYS[way] or {}).get("options", {}) and why_not(way) is None
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from amber_compile.errors import OptionError, choices
+from amber_compile.kernels.codes import CODES
 from amber_compile.pattern import Pattern
 from amber_compile.settings import CORRECTIONS
 
@@ -27,10 +28,7 @@ def check_selection(
 ) -> None:
     """Raise ``OptionError`` unless N of every M channels of ``x`` can be selected."""
     Pattern(n, m)
-    if x.dim() == 0:
-        raise OptionError("x is a scalar; valid: at least one dimension, the last one channels")
-    if x.dtype not in DTYPES:
-        raise OptionError(f"x has dtype {x.dtype}; valid: {', '.join(map(str, DTYPES))}")
+    _check_rows(x)
     channels = x.shape[-1]
     if isinstance(channels, int) and channels % m:
         raise OptionError(f"x has {channels} channels; valid: a multiple of m={m}")
@@ -43,6 +41,35 @@ def check_selection(
         _check_factor(factor, x, offsets)
     elif offsets is not None:
         raise OptionError("offsets tell the rows of each expert's factor; valid: None without one")
+
+
+def _check_rows(x: torch.Tensor) -> None:
+    if x.dim() == 0:
+        raise OptionError("x is a scalar; valid: at least one dimension, the last one channels")
+    if x.dtype not in DTYPES:
+        raise OptionError(f"x has dtype {x.dtype}; valid: {', '.join(map(str, DTYPES))}")
+
+
+def check_codes(x: torch.Tensor, smooth: torch.Tensor | None, dtype: str) -> None:
+    """Raise ``OptionError`` unless the rows of ``x`` times ``smooth`` have codes."""
+    _check_rows(x)
+    if dtype not in CODES:
+        raise OptionError(choices("dtype", dtype, CODES))
+    if isinstance(x.shape[-1], int) and not x.shape[-1]:
+        raise OptionError("x has 0 channels; valid: at least one")
+    check_smooth(smooth, x)
+
+
+def check_smooth(smooth: torch.Tensor | None, x: torch.Tensor) -> None:
+    """Raise ``OptionError`` unless ``smooth`` is None or one number for each channel of ``x``."""
+    if smooth is None:
+        return
+    if smooth.dtype != torch.float32:
+        raise OptionError(f"smooth has dtype {smooth.dtype}; valid: torch.float32")
+    if smooth.device != x.device:
+        raise OptionError(f"smooth is on {smooth.device}; valid: the device of x, {x.device}")
+    if smooth.dim() != 1 or differ(smooth.shape[0], x.shape[-1]):
+        raise OptionError(f"smooth has shape {_shape(smooth)}; valid: [{x.shape[-1]}], as x")
 
 
 def _check_factor(factor: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor | None) -> None:
@@ -85,6 +112,23 @@ def check_projection(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
             raise OptionError(f"{name} has dtype {tensor.dtype}; valid: that of x, {x.dtype}")
         if tensor.device != x.device:
             raise OptionError(f"{name} is on {tensor.device}; valid: the device of x, {x.device}")
+
+
+def check_outputs(
+    weight: torch.Tensor, output_scale: torch.Tensor | None, output_bias: torch.Tensor | None
+) -> None:
+    """Raise ``OptionError`` unless both are None or one number for each output."""
+    for name, vector in (("output_scale", output_scale), ("output_bias", output_bias)):
+        if vector is None:
+            continue
+        if vector.dtype != torch.float32:
+            raise OptionError(f"{name} has dtype {vector.dtype}; valid: torch.float32")
+        if vector.dim() != 1 or differ(vector.shape[0], weight.shape[0]):
+            raise OptionError(f"{name} has shape {_shape(vector)}; valid: [{weight.shape[0]}]")
+        if vector.device != weight.device:
+            raise OptionError(
+                f"{name} is on {vector.device}; valid: the device of weight, {weight.device}"
+            )
 
 
 def differ(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:

@@ -1,9 +1,9 @@
 """The C++ kernels of the CPU: compiled at their first use, kept on disk, loaded.
 
 Every source in ``cpu/`` goes into one library with a plain C interface, without PyTorch's headers,
-so that compiling takes two seconds. It is made for this very CPU and kept in the user's cache
-folder (``$XDG_CACHE_HOME``), under a name that changes with the sources, the flags, the compiler
-and the CPU. Processes may do so at once: each writes a file of its own, then renames it.
+so that compiling takes seconds, all side by side. It is made for this very CPU and kept in the
+user's cache folder (``$XDG_CACHE_HOME``), under a name that changes with the sources, the flags,
+the compiler and the CPU. Processes may do so at once: each writes files of its own and renames one.
 
 The compiler is ``$CXX`` or, as for Inductor, the first of g++, clang++ and c++. Where there is
 none, or it fails, the references run instead, and one warning gives the cause.
@@ -23,6 +23,7 @@ import subprocess
 import tempfile
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,12 +146,22 @@ def _build(compiler: tuple[str, ...], folder: Path) -> Path:
 
 
 def _compile(compiler: tuple[str, ...], path: Path) -> None:
-    sources = [str(source) for source in sorted(SOURCES.glob("*.cpp"))]
+    """Compile the sources side by side, and link them to the library ``path``."""
+    sources = sorted(SOURCES.glob("*.cpp"))
+    objects = [path.with_name(f"{source.stem}.o") for source in sources]
     for this_cpu in THIS_CPU:
-        done = _run([*compiler, *FLAGS, *this_cpu, *sources, "-o", str(path)])
-        if done.returncode == 0:
+        command = [*compiler, *FLAGS, *this_cpu]
+        with ThreadPoolExecutor(len(sources)) as pool:
+            parts = zip(sources, objects, strict=True)
+            calls = [[*command, "-c", str(source), "-o", str(made)] for source, made in parts]
+            done = list(pool.map(_run, calls))
+        if not any(one.returncode for one in done):
+            done = [_run([*command, *map(str, objects), "-o", str(path)])]
+        failed = next((one for one in done if one.returncode), None)
+        if failed is None:
             return
-    raise BuildError(f"{shlex.join(compiler)} failed: {done.stderr.strip()[:500]}")
+    assert failed is not None, "the loop ends by its last failure"
+    raise BuildError(f"{shlex.join(compiler)} failed: {failed.stderr.strip()[:500]}")
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

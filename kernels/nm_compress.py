@@ -4,17 +4,16 @@
     values, metadata            = x at the kept channels, as two_four.py lays them out
     row_scale                   = correction, or empty without one
 
-    quantize       values                                        row_scale
-    None           x, bit for bit                                correction
-    int8           rint(x · (1 / scale)), at most ±127           scale · correction
-    fp8            e4m3(x · (1 / scale)), at most ±448           scale · correction
+    quantize       values                             row_scale
+    None           x, bit for bit                     correction
+    int8, fp8      codes of x · smooth (codes.py)     their scale · correction
 
-    scale = max(amax / limit, 2^-126)       amax = max |x| over the kept channels, limit 127 or 448
-
-in fp32, every operation rounded to nearest even. A token that keeps a NaN or an infinity has scale
-NaN and codes 0, so that its product is NaN, as it would be of dense rows. The correction is None,
-so 1, or "norm" as in nm_select.py: its energies are those of x and of the kept x, before they are
-quantised. "variance" shifts what it measures and so belongs to nm_select.
+The smooth vector multiplies in fp32 (None: x itself) what is kept, and codes and scales are made of
+that; which channels are kept does not depend on it. A token that keeps a NaN or an infinity, or
+that becomes one by smoothing, has scale NaN and codes 0, so that its product is NaN, as it would be
+of dense rows. The correction is None, so 1, or "norm" as in nm_select.py: its energies are those of
+x and of the kept x, before they are smoothed and quantised. "variance" shifts what it measures and
+so belongs to nm_select.
 
 A token's product with a weight is (values @ weight) · row_scale, see nm_matmul.
 """
@@ -26,16 +25,13 @@ import math
 import torch
 
 from amber_compile.errors import OptionError, choices
-from amber_compile.kernels.arguments import check_selection
+from amber_compile.kernels.arguments import check_selection, check_smooth
+from amber_compile.kernels.codes import CODES, quantized
 from amber_compile.kernels.nm_select import correction_scale, selected
 from amber_compile.kernels.registration import LIBRARY, define
 from amber_compile.kernels.two_four import TILE_COLUMNS, compress, pack_metadata, tile_count
 
 DTYPES = (torch.bfloat16, torch.float16)
-CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-LIMITS = {"int8": 127.0, "fp8": 448.0}
-SMALLEST_SCALE = 2.0**-126
-"""The smallest normal number: its reciprocal is finite, and a token of zeros needs no exception."""
 
 Compressed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -47,9 +43,10 @@ def nm_compress_reference(
     factor: torch.Tensor | None,
     quantize: str | None = None,
     correction: str | None = None,
+    smooth: torch.Tensor | None = None,
 ) -> Compressed:
     """Compress in plain tensor operations, on any device: the definition of the operator."""
-    check_compression(x, factor, quantize, correction)
+    check_compression(x, factor, quantize, correction, smooth)
     x = _rows(x)
     kept = selected(x, factor, 2, 4)
     values, nibbles = compress(x, kept)
@@ -58,25 +55,21 @@ def nm_compress_reference(
         row_scale = correction_scale(x, torch.where(kept, x, 0), correction)[:, 0]
     if quantize is None:
         return values, pack_metadata(nibbles, 16), row_scale
-    values, scale = _quantized(values, quantize)
+    if smooth is not None:
+        values = values.float() * smooth[_channels(nibbles)]
+    values, scale = quantized(values, quantize)
     return values, pack_metadata(nibbles, 8), scale * row_scale if correction else scale
+
+
+def _channels(nibbles: torch.Tensor) -> torch.Tensor:
+    """Return which channels [tokens, K/2] the ``nibbles`` [tokens, K/4] say are kept."""
+    first = torch.arange(0, 4 * nibbles.shape[1], 4, device=nibbles.device)
+    return torch.stack((first + (nibbles & 3), first + (nibbles >> 2)), -1).flatten(1)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """Return ``x`` [..., channels] as [tokens, channels]: a view if its strides allow."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _quantized(values: torch.Tensor, quantize: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes [tokens, channels] and scale [tokens] of ``values``."""
-    values, limit = values.float(), LIMITS[quantize]
-    amax = values.abs().amax(-1, keepdim=True)
-    # divided by a tensor: on a GPU a division by a number is a multiplication by its reciprocal
-    scale = (amax / torch.full_like(amax, limit)).clamp(min=SMALLEST_SCALE)
-    finite = amax.isfinite()
-    codes = (values * scale.reciprocal()).clamp(-limit, limit).where(finite, 0)
-    codes = codes.round() if quantize == "int8" else codes
-    return codes.to(CODES[quantize]), scale.where(finite, math.nan)[:, 0]
 
 
 # ---- launch --------------------------------------------------------------------------------------
@@ -87,14 +80,17 @@ def _nm_compress_cuda(
     factor: torch.Tensor | None,
     quantize: str | None = None,
     correction: str | None = None,
+    smooth: torch.Tensor | None = None,
 ) -> Compressed:
-    check_compression(x, factor, quantize, correction)
+    check_compression(x, factor, quantize, correction, smooth)
     from amber_compile.kernels.cuda.nm_compress import launch  # needs Triton
 
     x = _rows(x)
-    factor = None if factor is None else factor.contiguous()
+    x = x if x.stride(1) == 1 else x.contiguous()
+    vectors = (None if each is None else each.contiguous() for each in (factor, smooth))
+    factor, smooth = vectors
     with torch.cuda.device(x.device):
-        return launch(x if x.stride(1) == 1 else x.contiguous(), factor, quantize, correction)
+        return launch(x, factor, quantize, correction, smooth)
 
 
 # ---- operator ------------------------------------------------------------------------------------
@@ -105,8 +101,9 @@ def _fake(
     factor: torch.Tensor | None,
     quantize: str | None = None,
     correction: str | None = None,
+    smooth: torch.Tensor | None = None,
 ) -> Compressed:
-    check_compression(x, factor, quantize, correction)
+    check_compression(x, factor, quantize, correction, smooth)
     tokens, channels = math.prod(x.shape[:-1]), x.shape[-1]
     scaled = quantize is not None or correction is not None
     return (
@@ -117,7 +114,11 @@ def _fake(
 
 
 def check_compression(
-    x: torch.Tensor, factor: torch.Tensor | None, quantize: str | None, correction: str | None
+    x: torch.Tensor,
+    factor: torch.Tensor | None,
+    quantize: str | None,
+    correction: str | None,
+    smooth: torch.Tensor | None,
 ) -> None:
     """Raise ``OptionError`` unless ``x`` can be selected, quantised and corrected like that.
 
@@ -136,10 +137,14 @@ def check_compression(
         raise OptionError("correction='variance' needs nm_select; valid here: None, norm")
     if correction not in (None, "norm"):
         raise OptionError(choices("correction", correction, (None, "norm")))
+    if smooth is not None and quantize is None:
+        raise OptionError("smooth is for what is quantised; valid: None without quantize")
+    check_smooth(smooth, x)
 
 
 nm_compress = define(
-    "nm_compress(Tensor x, Tensor? factor, str? quantize=None, str? correction=None) "
+    "nm_compress(Tensor x, Tensor? factor, str? quantize=None, str? correction=None, "
+    "Tensor? smooth=None) "
     "-> (Tensor values, Tensor metadata, Tensor row_scale)",
     nm_compress_reference,
     _fake,

@@ -130,11 +130,11 @@ CODES = {None: 0, "norm": 1, "variance": 2}
 SINGLE_THREADED = 1 << 16  # elements; with fewer, threads cost more than they bring
 
 
-class _Problem(ctypes.Structure):
-    """``struct Problem`` of the C++ source, line by line."""
+class Tokens(ctypes.Structure):
+    """``struct Tokens`` of cpu/tokens.h, line by line: what is selected from, and how."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "factor", "y", "ends")),
+        *((name, ctypes.c_void_p) for name in ("x", "factor", "ends")),
         *((name, ctypes.c_int64) for name in ("tokens", "channels", "x_stride")),
         *((name, ctypes.c_int64) for name in ("sequence", "dense", "experts")),
         *((name, ctypes.c_int32) for name in ("n", "m", "correction", "threads")),
@@ -156,20 +156,37 @@ def launch(
 ) -> torch.Tensor:
     """Run the C++ kernel on ``x`` [..., channels], not empty and of a type in ``ENTRIES``."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rows = _rows(x)
-    factor = None if factor is None else factor.contiguous()
-    ends = None if offsets is None else offsets.contiguous()
-    problem = _Problem(
-        *(rows.data_ptr(), _address(factor), y.data_ptr(), _address(ends)),
-        *(*rows.shape, rows.stride(0)),
-        *(1 if x.dim() == 1 else x.shape[-2], dense_prefix, 1 if ends is None else len(ends)),
-        *(n, m, CODES[correction], 1 if x.numel() < SINGLE_THREADED else torch.get_num_threads()),
+    asked, _alive = tokens_of(x, factor, n, m, correction, dense_prefix, offsets)
+    getattr(library, ENTRIES[x.dtype])(
+        ctypes.byref(asked), ctypes.c_void_p(y.data_ptr()), openmp_parallel()
     )
-    getattr(library, ENTRIES[x.dtype])(ctypes.byref(problem), openmp_parallel())
     return y
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
+def tokens_of(
+    x: torch.Tensor,
+    factor: torch.Tensor | None,
+    n: int,
+    m: int,
+    correction: str | None,
+    dense_prefix: int,
+    offsets: torch.Tensor | None,
+) -> tuple[Tokens, tuple[torch.Tensor | None, ...]]:
+    """Return what a C++ kernel is asked, and the tensors that must live until it has answered."""
+    rows = _rows(x)
+    factor = None if factor is None else factor.contiguous()
+    ends = None if offsets is None else offsets.contiguous()
+    threads = 1 if x.numel() < SINGLE_THREADED else torch.get_num_threads()
+    asked = Tokens(
+        *(rows.data_ptr(), address(factor), address(ends)),
+        *(*rows.shape, rows.stride(0)),
+        *(1 if x.dim() == 1 else x.shape[-2], dense_prefix, 1 if ends is None else len(ends)),
+        *(n, m, CODES[correction], threads),
+    )
+    return asked, (rows, factor, ends)
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 

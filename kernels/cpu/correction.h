@@ -34,16 +34,28 @@ Pair means(const typename T::Bits* x, const typename T::Bits* y, int64_t channel
   return {float(x_sum / channels), float(y_sum / channels)};
 }
 
-// Scale what is kept, y, to the mean square or the variance of x.
+// Return the root of the ratio of two energies, maybe not finite.
+inline float scale_between(Pair energy) {
+  return std::sqrt((energy.x + EPSILON) / (energy.y + EPSILON));
+}
+
+// Return what scales the kept values y to the mean square or the variance of x, maybe not finite.
 template <class T>
-void correct_token(const typename T::Bits* x, typename T::Bits* y, int64_t channels,
-                   Correction correction) {
+float correction_scale(const typename T::Bits* x, const typename T::Bits* y, int64_t channels,
+                       Correction correction) {
   Pair center{0, 0};
   if (correction == VARIANCE)
     center = means<T>(x, y, channels, center, [](float value) { return value; });
   const Pair energy =
       means<T>(x, y, channels, center, [](float deviation) { return deviation * deviation; });
-  const float scale = std::sqrt((energy.x + EPSILON) / (energy.y + EPSILON));
+  return scale_between(energy);
+}
+
+// Scale the kept values y to the mean square or the variance of x.
+template <class T>
+void correct_token(const typename T::Bits* x, typename T::Bits* y, int64_t channels,
+                   Correction correction) {
+  const float scale = correction_scale<T>(x, y, channels, correction);
   if (!std::isfinite(scale)) return;
 #pragma omp simd
   for (int64_t i = 0; i < channels; ++i)

@@ -35,6 +35,12 @@ struct BFloat16 {
   template <class Floats, class Words>
   static Floats widen(Words bits) { return bits_as<Floats>(bits << 16); }
 
+  // The same of one of two values in a word.
+  template <class Floats, class Words>
+  static Floats widen_lower(Words pair) { return bits_as<Floats>(pair << 16); }
+  template <class Floats, class Words>
+  static Floats widen_upper(Words pair) { return bits_as<Floats>(pair & 0xFFFF0000); }
+
   // Round to nearest, ties to even. No NaN comes here.
   static Bits narrow(float value) {
     const uint32_t bits = bits_as<uint32_t>(value);
@@ -55,6 +61,12 @@ struct Float16 {
     const Words special = -((magnitude + 0x0400) >> 15) & 0x7F800000;
     return bits_as<Floats>(finite | special | (bits & 0x8000) << 16);
   }
+
+  // The same of one of two values in a word.
+  template <class Floats, class Words>
+  static Floats widen_lower(Words pair) { return widen<Floats>(pair & 0xFFFF); }
+  template <class Floats, class Words>
+  static Floats widen_upper(Words pair) { return widen<Floats>(pair >> 16); }
 
   // Round to nearest, ties to even. No NaN comes here. A denormal is rounded by adding 0.5, whose
   // last bit is worth as much as that of a denormal.

@@ -1,8 +1,10 @@
-// Fresh memory: a large result costs more in page faults than in arithmetic.
+// Memory: large results cost more in page faults than in arithmetic, and small ones pass.
 
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -23,4 +25,17 @@ inline void prefer_huge_pages(void* start, int64_t bytes) {
 #else
   (void)start, (void)bytes;
 #endif
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// Memory of one's own, without the C++ runtime, which the library does not need otherwise.
+template <class V>
+using Memory = std::unique_ptr<V[], Free>;
+
+template <class V>
+Memory<V> memory_for(int64_t count) {
+  return Memory<V>(static_cast<V*>(std::malloc(size_t(count) * sizeof(V))));
 }

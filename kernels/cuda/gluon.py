@@ -32,3 +32,29 @@ def tile_place(tile, rows, columns, GROUP: gl.constexpr):
     height = gl.minimum(rows - group * GROUP, GROUP)
     within = tile % (GROUP * columns)
     return group * GROUP + within % height, within // height
+
+
+@gluon.jit
+def store_scaled(
+    y, y_ptr, bias_ptr, row_scale_ptr, col_scale_ptr,  # sums; where to; vectors, each or None
+    row, column, tokens, outputs,  # where the tile begins, where y ends
+    RESULT: gl.constexpr,  # the type of y
+    MATRIX: gl.constexpr,  # the layout of the sums as a matrix: theirs, with another name
+    WIDE: gl.constexpr,  # a layout in which each thread has 16 consecutive bytes of results
+):  # fmt: skip
+    """Store round(y · row_scale[:, None] · col_scale[None, :] + bias), of what lies in y."""
+    y = gl.convert_layout(y, MATRIX, assert_trivial=True).to(gl.float32)
+    rows = row + gl.arange(0, y.shape[0], gl.SliceLayout(1, MATRIX))
+    columns = column + gl.arange(0, y.shape[1], gl.SliceLayout(0, MATRIX))
+    if row_scale_ptr is not None:
+        y = y * gl.load(row_scale_ptr + rows, mask=rows < tokens, other=0.0)[:, None]
+    if col_scale_ptr is not None:
+        y = y * gl.load(col_scale_ptr + columns, mask=columns < outputs, other=0.0)[None, :]
+    if bias_ptr is not None:
+        bias = gl.load(bias_ptr + columns, mask=columns < outputs, other=0.0)
+        y = y + bias.to(gl.float32)[None, :]
+    y = gl.convert_layout(y.to(RESULT), WIDE)
+    rows = row + gl.arange(0, y.shape[0], gl.SliceLayout(1, WIDE))
+    columns = column + gl.arange(0, y.shape[1], gl.SliceLayout(0, WIDE))
+    y_ptrs = y_ptr + rows[:, None].to(gl.int64) * outputs + columns[None, :]
+    gl.store(y_ptrs, y, mask=(rows < tokens)[:, None] & (columns < outputs)[None, :])

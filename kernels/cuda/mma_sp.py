@@ -33,7 +33,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from amber_compile.kernels.cuda.gluon import block_barrier, copy_async, tile_place
+from amber_compile.kernels.cuda.gluon import (
+    block_barrier,
+    copy_async,
+    store_scaled,
+    tile_place,
+)
 from amber_compile.kernels.cuda.mma_sp_layout import (
     KINDS,
     Configuration,
@@ -195,22 +200,11 @@ def _store(
     MATRIX: gl.constexpr = matrix_layout(ROWS, COLUMNS, WARPS_M, WARPS_N)
     y = gl.reshape(acc, [ROWS // 16, COLUMNS // 8, 8, 4, 2, 2])  # tiles, g, t, i >> 1, i & 1
     y = gl.reshape(gl.permute(y, [0, 4, 2, 1, 3, 5]), [ROWS, COLUMNS])
-    y = gl.convert_layout(y, MATRIX, assert_trivial=True).to(gl.float32)
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, MATRIX))
-    columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, MATRIX))
-    if row_scale_ptr is not None:
-        y = y * gl.load(row_scale_ptr + rows, mask=rows < tokens, other=0.0)[:, None]
-    if col_scale_ptr is not None:
-        y = y * gl.load(col_scale_ptr + columns, mask=columns < outputs, other=0.0)[None, :]
-    if bias_ptr is not None:
-        bias = gl.load(bias_ptr + columns, mask=columns < outputs, other=0.0)
-        y = y + bias.to(gl.float32)[None, :]
     WIDE: gl.constexpr = copy_layout(COLUMNS, 128 // RESULT.primitive_bitwidth, WARPS_M * WARPS_N)
-    y = gl.convert_layout(y.to(RESULT), WIDE)
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
-    columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, WIDE))
-    y_ptrs = y_ptr + rows[:, None].to(gl.int64) * outputs + columns[None, :]
-    gl.store(y_ptrs, y, mask=(rows < tokens)[:, None] & (columns < outputs)[None, :])
+    store_scaled(
+        y, y_ptr, bias_ptr, row_scale_ptr, col_scale_ptr, row, column, tokens, outputs,
+        RESULT, MATRIX, WIDE,
+    )  # fmt: skip
 
 
 # ---- launch --------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ import torch
 import triton
 import triton.language as tl
 
+from amber_compile.kernels.codes import CODES
+from amber_compile.kernels.cuda.codes import code_of, converts, magnitude_bits, scale_of
 from amber_compile.kernels.cuda.packed_groups import (
     add_energies,
     float_of,
@@ -35,13 +37,12 @@ from amber_compile.kernels.cuda.packed_groups import (
     norm_correction,
     pair_of,
     select_two,
+    smoothed,
 )
-from amber_compile.kernels.nm_compress import CODES, LIMITS, SMALLEST_SCALE, Compressed
+from amber_compile.kernels.nm_compress import Compressed
 from amber_compile.kernels.two_four import EMPTY, TILE_COLUMNS, tile_count
 
 EMPTY_WORD = tl.constexpr(EMPTY)
-SCALE_FLOOR = tl.constexpr(SMALLEST_SCALE)
-INT8_LIMIT, FP8_LIMIT = tl.constexpr(LIMITS["int8"]), tl.constexpr(LIMITS["fp8"])
 
 # ---- 16 bit --------------------------------------------------------------------------------------
 
@@ -105,7 +106,7 @@ def _compress_rows(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _compress_quantized(
-    x_ptr, factor_ptr,                  # [tokens, GROUPS] of int64, [4 GROUPS] or None
+    x_ptr, factor_ptr, smooth_ptr,      # [tokens, GROUPS] of int64, [4 GROUPS] or None, the same
     values_ptr, metadata_ptr,           # [tokens, GROUPS] of int16, [tiles, GROUPS / 16, 32]
     row_scale_ptr,                      # [tokens]
     tokens, x_stride,                   # row stride in groups
@@ -129,8 +130,10 @@ def _compress_quantized(
         words = tl.load(x_ptr + rows * x_stride + groups, mask=live, other=0)
         factors = load_factors(factor_ptr, step * BLOCK, GROUPS, BLOCK)
         first, second = select_two(words, factors, factor_ptr is not None, FLOAT16)
-        kept = kept + (pair_of(first, second),)
-        largest = tl.maximum(largest, tl.maximum(first & 0x7FFF, second & 0x7FFF))
+        smooths = load_factors(smooth_ptr, step * BLOCK, GROUPS, BLOCK)
+        one, larger = _remembered(first, second, smooths, smooth_ptr is not None, FLOAT16)
+        kept = kept + (one,)
+        largest = tl.maximum(largest, larger)
         if CORRECT:
             energies = add_energies(energies, words, first, second, FLOAT16)
         runs = step * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
@@ -138,15 +141,18 @@ def _compress_quantized(
         nibbles = tl.where(rows < tokens, nibbles_of(first, second, 8), EMPTY_WORD)
         tl.store(metadata_ptr + at, nibbles, mask=runs < GROUPS // 8)
     largest = tl.max(largest, axis=1)[:, None]
-    finite = largest < (0x7C00 if FLOAT16 else 0x7F80)
-    amax = float_of(tl.where(finite, largest, 0), FLOAT16)
-    scale = tl.maximum(tl.div_rn(amax, FP8_LIMIT if FP8 else INT8_LIMIT), SCALE_FLOOR)
-    inverse = tl.div_rn(1.0, scale)
+    if smooth_ptr is None:
+        finite = largest < (0x7C00 if FLOAT16 else 0x7F80)
+        amax = float_of(tl.where(finite, largest, 0), FLOAT16)
+    else:
+        finite = largest < 0x7F800000
+        amax = tl.where(finite, largest, 0).to(tl.float32, bitcast=True)
+    scale, inverse = scale_of(amax, FP8)
     for step in tl.static_range(0, STEPS):
         groups = step * BLOCK + tl.arange(0, BLOCK)[None, :]
-        pair = tl.where(finite, kept[step], 0)
-        first = _code(float_of(pair & 0xFFFF, FLOAT16) * inverse, FP8, CONVERT)
-        second = _code(float_of((pair >> 16) & 0xFFFF, FLOAT16) * inverse, FP8, CONVERT)
+        first, second = _recalled(kept[step], finite, smooth_ptr is not None, FLOAT16)
+        first = code_of(first * inverse, FP8, CONVERT)
+        second = code_of(second * inverse, FP8, CONVERT)
         codes = ((first & 0xFF) | (second << 8)).to(tl.int16)
         live = (rows < tokens) & (groups < GROUPS)
         tl.store(values_ptr + rows * GROUPS + groups, codes, mask=live)
@@ -157,33 +163,40 @@ def _compress_quantized(
 
 
 @triton.jit
-def _code(value, FP8: tl.constexpr, CONVERT: tl.constexpr):
-    """Return ``value`` rounded to int8 or e4m3, in the lowest byte of an int32.
-
-    It need not be clamped: x · (1 / scale) exceeds the limit by less than a code's half step.
-    """
-    if not FP8:  # the sum's last place is worth 1
-        return (value + 12582912.0).to(tl.int32, bitcast=True)
-    elif CONVERT:
-        return value.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+def _remembered(first, second, smooths, SMOOTH: tl.constexpr, FLOAT16: tl.constexpr):
+    """Return what is kept of each group until the scale is known, and its larger magnitude."""
+    if SMOOTH:
+        one, other = smoothed(first, second, smooths, FLOAT16)
+        return (one, other), tl.maximum(magnitude_bits(one), magnitude_bits(other))
     else:
-        bits = value.to(tl.int32, bitcast=True)
-        magnitude = bits & 0x7FFFFFFF
-        normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
-        tiny = (tl.abs(value) + 16384.0).to(tl.int32, bitcast=True) & 0xF  # last place 2^-9
-        return tl.where(magnitude < 0x3C800000, tiny, normal) | ((bits >> 24) & 0x80)
+        return pair_of(first, second), tl.maximum(first & 0x7FFF, second & 0x7FFF)
+
+
+@triton.jit
+def _recalled(kept, finite, SMOOTH: tl.constexpr, FLOAT16: tl.constexpr):
+    """Return the two values of each group in fp32, zeros in a row that is not finite."""
+    if SMOOTH:
+        return tl.where(finite, kept[0], 0.0), tl.where(finite, kept[1], 0.0)
+    else:
+        pair = tl.where(finite, kept, 0)
+        return float_of(pair & 0xFFFF, FLOAT16), float_of((pair >> 16) & 0xFFFF, FLOAT16)
 
 
 # ---- launch --------------------------------------------------------------------------------------
 
-# (rows, warps) of _compress_quantized: the first that leaves a thread 16 groups to remember. Beyond
-# the last (K = 32768) a thread has more, and may spill them.
+# (rows, warps) of _compress_quantized: the first that leaves a thread 16 words to remember, one a
+# group, or two a smoothed group. Beyond the last (K = 32768, or half of that) a thread has more: up
+# to 28 words were compiled and are not spilled.
 SHAPES = ((2, 4), (2, 8), (1, 8), (1, 16))
 GROUPS_A_WARP = 128  # a step: four a thread
 
 
 def launch(
-    x: torch.Tensor, factor: torch.Tensor | None, quantize: str | None, correction: str | None
+    x: torch.Tensor,
+    factor: torch.Tensor | None,
+    quantize: str | None,
+    correction: str | None,
+    smooth: torch.Tensor | None = None,
 ) -> Compressed:
     """Compress ``x`` [tokens, channels], whose channels are contiguous, on the current stream."""
     tokens, channels = x.shape
@@ -195,13 +208,15 @@ def launch(
     if tokens:
         words = _words(x)
         integers = values.view(torch.int16 if quantize else torch.int32)
-        tensors = (words, factor, integers, metadata, row_scale if scaled else None)
+        results = (integers, metadata, row_scale if scaled else None)
         sizes = {"tokens": tokens, "x_stride": words.stride(0), "GROUPS": channels // 4}
         sizes["FLOAT16"] = x.dtype == torch.float16
         if quantize:
-            _launch_quantized(tensors, sizes, x.device, quantize == "fp8", correction is not None)
+            codes = {"FP8": quantize == "fp8", "CONVERT": converts(x.device)}
+            codes["CORRECT"] = correction is not None
+            _launch_quantized((words, factor, smooth, *results), sizes, codes)
         else:
-            _launch(tensors, sizes, correction is not None)
+            _launch((words, factor, *results), sizes, correction is not None)
     return values, metadata, row_scale
 
 
@@ -223,20 +238,14 @@ def _launch(tensors: tuple[torch.Tensor | None, ...], sizes: dict[str, int], cor
 
 
 def _launch_quantized(
-    tensors: tuple[torch.Tensor | None, ...],
-    sizes: dict[str, int],
-    device: torch.device,
-    fp8: bool,
-    correct: bool,
+    tensors: tuple[torch.Tensor | None, ...], sizes: dict[str, int], codes: dict[str, bool]
 ) -> None:
-    groups = sizes["GROUPS"]
-    fits = (shape for shape in SHAPES if shape[0] * groups <= 16 * 32 * shape[1])
+    groups, remembered = sizes["GROUPS"], 1 if tensors[2] is None else 2
+    words = remembered * groups
+    fits = (shape for shape in SHAPES if shape[0] * words <= 16 * 32 * shape[1])
     rows, warps = next(fits, SHAPES[-1])
     block = min(GROUPS_A_WARP * warps, triton.next_power_of_2(groups))
     shape = {"ROWS": rows, "BLOCK": block, "STEPS": triton.cdiv(groups, block)}
-    # e4m3 by the hardware since sm_89; the interpreter's own conversion loses carries
-    convert = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    codes = {"CORRECT": correct, "FP8": fp8, "CONVERT": convert}
     grid = (triton.cdiv(sizes["tokens"], 16) * 16 // rows,)
     _compress_quantized[grid](
         *tensors, **sizes, **codes, **shape, num_warps=warps, enable_fp_fusion=False

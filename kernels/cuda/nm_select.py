@@ -38,7 +38,7 @@ def _per_row(values, SPANS: tl.constexpr):
 
 
 @triton.jit
-def _expert(ends_ptr, row, experts, EXPERT_BITS: tl.constexpr):
+def expert_of(ends_ptr, row, experts, EXPERT_BITS: tl.constexpr):
     """Return how many experts end at or before each row, the last one aside: a binary search."""
     expert = (row * 0).to(tl.int32)
     for i in tl.static_range(EXPERT_BITS):
@@ -73,7 +73,7 @@ def nm_select_kernel(
     x = load_channels(x_ptr + row[:, None] * x_stride, column, channels, live, SPAN, PIECE)
     factor = None
     if ends_ptr is not None:
-        expert = _expert(ends_ptr, first_row + tl.arange(0, ROWS), experts, EXPERT_BITS)
+        expert = expert_of(ends_ptr, first_row + tl.arange(0, ROWS), experts, EXPERT_BITS)
         factor_row = factor_ptr + _per_row(expert, SPANS).to(tl.int64) * channels
         factor = load_channels(factor_row, column, channels, live, SPAN, 4)
     elif factor_ptr is not None:
@@ -87,9 +87,9 @@ def nm_select_kernel(
 
 
 @triton.jit
-def _selected_block(
+def selected_block(
     x_ptr, factor_ptr,                        # of the token's row; the latter may be None
-    block, channels,
+    copied, block, channels,                  # whether all channels are kept, or None
     N: tl.constexpr, M: tl.constexpr,
     SPAN: tl.constexpr, PIECE: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
@@ -99,11 +99,11 @@ def _selected_block(
     factor = None
     if factor_ptr is not None:
         factor = load_channels(factor_ptr, column, channels, True, SPAN, 4)
-    return column, x, kept_channels(x, factor, None, N, M)
+    return column, x, kept_channels(x, factor, copied, N, M)
 
 
 @triton.jit
-def _add(total, values, mean, column, channels):
+def add_energy(total, values, mean, column, channels):
     """Add values, or their squared distances from ``mean``, to a sum per span."""
     for i in tl.static_range(len(values)):
         value = values[i].to(tl.float32)
@@ -115,7 +115,7 @@ def _add(total, values, mean, column, channels):
 
 
 @triton.jit
-def _plus(a, b):
+def plus(a, b):
     return a + b
 
 
@@ -129,13 +129,13 @@ def _means(
     before = tl.full((SPANS,), 0.0, tl.float32)
     after = tl.full((SPANS,), 0.0, tl.float32)
     for block in range(BLOCKS):
-        column, x, kept = _selected_block(
-            x_ptr, factor_ptr, block, channels, N, M, SPAN, PIECE, SPANS
+        column, x, kept = selected_block(
+            x_ptr, factor_ptr, None, block, channels, N, M, SPAN, PIECE, SPANS
         )
-        before = _add(before, x, x_mean, column, channels)
-        after = _add(after, kept, kept_mean, column, channels)
+        before = add_energy(before, x, x_mean, column, channels)
+        after = add_energy(after, kept, kept_mean, column, channels)
     count = channels.to(tl.float32)
-    before, after = tl.reduce(before, 0, _plus), tl.reduce(after, 0, _plus)
+    before, after = tl.reduce(before, 0, plus), tl.reduce(after, 0, plus)
     return tl.div_rn(before, count), tl.div_rn(after, count)
 
 
@@ -156,7 +156,7 @@ def nm_select_corrected_kernel(
     x_ptr += row * x_stride
     y_ptr += row * channels
     if ends_ptr is not None:
-        factor_ptr += _expert(ends_ptr, row, experts, EXPERT_BITS).to(tl.int64) * channels
+        factor_ptr += expert_of(ends_ptr, row, experts, EXPERT_BITS).to(tl.int64) * channels
     x_mean = 0.0
     kept_mean = 0.0
     if VARIANCE:
@@ -172,8 +172,8 @@ def nm_select_corrected_kernel(
     if dense is not None:
         copied = row % sequence < dense
     for block in range(BLOCKS):
-        column, x, kept = _selected_block(
-            x_ptr, factor_ptr, block, channels, N, M, SPAN, PIECE, SPANS
+        column, x, kept = selected_block(
+            x_ptr, factor_ptr, None, block, channels, N, M, SPAN, PIECE, SPANS
         )
         y = ()
         for i in tl.static_range(SPAN):

@@ -74,6 +74,17 @@ def select_two(words, factors, FACTOR: tl.constexpr, FLOAT16: tl.constexpr):
 
 
 @triton.jit
+def smoothed(first, second, smooths, FLOAT16: tl.constexpr):
+    """Return what is kept of each group in fp32, times the ``smooths`` of the four channels."""
+    place = first & 0x30000
+    one = tl.where(place == 0, smooths[0], tl.where(place == 0x10000, smooths[1], smooths[2]))
+    place = second & 0xC0000
+    other = tl.where(place == 0xC0000, smooths[3], smooths[2])
+    other = tl.where(place == 0x40000, smooths[1], other)
+    return float_of(first & 0xFFFF, FLOAT16) * one, float_of(second & 0xFFFF, FLOAT16) * other
+
+
+@triton.jit
 def pair_of(first, second):
     return (first & 0xFFFF) | (second << 16)
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from amber_compile.kernels.cuda.gluon import store_scaled
+
 # ---- layouts -------------------------------------------------------------------------------------
 
 
@@ -86,19 +88,8 @@ def _store_part(
     """Scale, add the bias, round, and store, 16 bytes a thread."""
     y_ptr, bias_ptr, row_scale_ptr, col_scale_ptr = results
     MATRIX: gl.constexpr = matrix_layout(COLUMNS)
-    y = gl.convert_layout(y, MATRIX, assert_trivial=True).to(gl.float32)
-    rows = row + gl.arange(0, 64, gl.SliceLayout(1, MATRIX))
-    columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, MATRIX))
-    if row_scale_ptr is not None:
-        y = y * gl.load(row_scale_ptr + rows, mask=rows < tokens, other=0.0)[:, None]
-    if col_scale_ptr is not None:
-        y = y * gl.load(col_scale_ptr + columns, mask=columns < outputs, other=0.0)[None, :]
-    if bias_ptr is not None:
-        bias = gl.load(bias_ptr + columns, mask=columns < outputs, other=0.0)
-        y = y + bias.to(gl.float32)[None, :]
     WIDE: gl.constexpr = wide_layout(COLUMNS, RESULT.primitive_bitwidth)
-    y = gl.convert_layout(y.to(RESULT), WIDE)
-    rows = row + gl.arange(0, 64, gl.SliceLayout(1, WIDE))
-    columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, WIDE))
-    y_ptrs = y_ptr + rows[:, None].to(gl.int64) * outputs + columns[None, :]
-    gl.store(y_ptrs, y, mask=(rows < tokens)[:, None] & (columns < outputs)[None, :])
+    store_scaled(
+        y, y_ptr, bias_ptr, row_scale_ptr, col_scale_ptr, row, column, tokens, outputs,
+        RESULT, MATRIX, WIDE,
+    )  # fmt: skip

@@ -14,6 +14,7 @@ import pytest
 import torch
 from gpu_rows import ROWS
 from gpu_tables import problems, tables
+from gpu_verdicts import TARGETS
 from rich.console import Console
 
 WRONG = {"int8": "AcceleratorError: CUDA error: an illegal memory access was encountered"}
@@ -67,7 +68,7 @@ def test_a_run_records_failures_and_leaves_their_kind_out(result):
     assert result["errors"] == {"correctness fp16": "killed after 60 s"}
     assert gpu.failed(result)
     assert {row["kind"] for row in result["correctness"]} == {"bf16", "fp16", "int8", "fp8"}
-    assert len(result["verdicts"]) == 8
+    assert len(result["verdicts"]) == len(TARGETS) + 3
 
 
 def test_the_tables_show_what_was_measured(result):

@@ -72,7 +72,7 @@ def to_e4m3(values):
     return (code | np.signbit(values) * 128).astype(np.uint8)
 
 
-def oracle(x, factor, quantize):
+def oracle(x, factor, quantize, smooth):
     """Return values, nibbles and scale of ``x`` [tokens, K], without a correction."""
     places = kept_places(x, factor)
     nibbles = (places[..., 0] | places[..., 1] << 2).astype(np.uint8)
@@ -81,6 +81,9 @@ def oracle(x, factor, quantize):
     if quantize is None:
         return values, nibbles, np.empty(0, np.float32)
     values, limit = values.float().numpy(), np.float32(LIMITS[quantize])
+    if smooth is not None:
+        of_all = np.broadcast_to(smooth.numpy().reshape(1, -1, 4), (*nibbles.shape, 4))
+        values = values * np.take_along_axis(of_all, places, -1).reshape(len(x), -1)
     amax = np.abs(values).max(-1)
     scale = np.maximum(amax / limit, np.float32(2**-126))
     scaled = np.clip(values * (np.float32(1) / scale)[:, None], -limit, limit)
@@ -91,9 +94,9 @@ def oracle(x, factor, quantize):
     return torch.from_numpy(codes), nibbles, scale
 
 
-def check(x, factor, quantize):
-    values, metadata, scale = nm_compress_reference(x, factor, quantize)
-    expected, nibbles, expected_scale = oracle(x, factor, quantize)
+def check(x, factor, quantize, smooth=None):
+    values, metadata, scale = nm_compress_reference(x, factor, quantize, None, smooth)
+    expected, nibbles, expected_scale = oracle(x, factor, quantize, smooth)
     assert torch.equal(integers(values), integers(expected))
     assert unpack_metadata(metadata, len(x), 8 if quantize else 16).numpy().tolist() == (
         nibbles.tolist()
@@ -108,21 +111,27 @@ def check(x, factor, quantize):
     tokens=st.integers(1, 20),
     blocks=st.integers(1, 4),
     weighted=st.booleans(),
+    smoothed=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_odd_values(dtype, quantize, tokens, blocks, weighted, seed):
+def test_odd_values(dtype, quantize, tokens, blocks, weighted, smoothed, seed):
     x = sample(ODD_VALUES, (tokens, 64 * blocks), dtype, seed)
     x[::2] = gaussian(*x[::2].shape, dtype=dtype, seed=seed)  # rows with a finite scale
     factor = sample(ODD_FACTORS, 64 * blocks, torch.float32, seed + 1) if weighted else None
-    check(x, factor, quantize)
+    smooth = sample(ODD_FACTORS, 64 * blocks, torch.float32, seed + 2)
+    smooth[torch.rand(64 * blocks) < 0.9] = 1.5  # rows with a finite scale, again
+    check(x, factor, quantize, smooth if smoothed and quantize else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quantize", QUANTIZED)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_ordinary_values(dtype, quantize, weighted):
-    x = gaussian(33, 1088, dtype=dtype)
-    check(x, gaussian(1088, dtype=torch.float32).abs() if weighted else None, quantize)
+    x, smooth = gaussian(33, 1088, dtype=dtype), gaussian(1088, dtype=torch.float32, seed=2)
+    factor = gaussian(1088, dtype=torch.float32).abs() if weighted else None
+    check(x, factor, quantize)
+    if quantize:
+        check(x, factor, quantize, smooth)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "fp8"])
@@ -157,6 +166,35 @@ def test_a_row_that_keeps_no_number_has_no_scale(quantize, odd):
     ignored = torch.ones(64)
     ignored[5] = -0.0 if odd != odd else 0.0  # 0 · infinity is NaN, which is kept
     assert nm_compress(x, ignored, quantize)[2].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_smoothing_changes_no_choice_and_no_correction(quantize):
+    x, smooth = gaussian(9, 128), 4 * torch.rand(128) + 0.1
+    _, metadata, scale = nm_compress(x, FACTOR, quantize, "norm", smooth)
+    _, plain, plain_scale = nm_compress(x, FACTOR, quantize, "norm")
+    assert torch.equal(metadata, plain)
+    correction = plain_scale / nm_compress(x, FACTOR, quantize)[2]
+    smoothed = nm_compress(x, FACTOR, quantize, None, smooth)[2]
+    torch.testing.assert_close(scale / smoothed, correction, rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_a_power_of_two_only_changes_the_scale(quantize):
+    x = gaussian(9, 128)
+    values, _, scale = nm_compress(x, FACTOR, quantize, "norm")
+    same, _, fourfold = nm_compress(x, FACTOR, quantize, "norm", torch.full((128,), 4.0))
+    assert torch.equal(integers(same), integers(values))
+    assert torch.equal(fourfold, 4 * scale)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_a_value_that_smoothing_makes_infinite(quantize):
+    x, smooth = torch.ones(2, 64).bfloat16(), torch.ones(64)
+    x[0, 3], smooth[3] = 3e38, 2.0
+    values, _, scale = nm_compress(x, None, quantize, None, smooth)
+    assert scale.isnan().tolist() == [True, False]
+    assert not values[0].view(torch.uint8).any()
 
 
 # ---- what nm_select keeps ------------------------------------------------------------------------
@@ -237,7 +275,8 @@ def test_missing_rows_are_empty():
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_opcheck(quantize, correction):
     for x in (X, X.transpose(0, 1).half(), X[0, 0], X[:0]):
-        arguments = (x, FACTOR, quantize, correction)
+        smooth = FACTOR if quantize == "int8" else None
+        arguments = (x, FACTOR, quantize, correction, smooth)
         torch.library.opcheck(torch.ops.amber.nm_compress.default, arguments)
 
 
@@ -278,6 +317,14 @@ BAD_ARGUMENTS = {
     "factor has dtype torch.float64; valid: torch.float32": lambda x, f: nm_compress(x, f.double()),
     "factor is on meta; valid: the device of x": lambda x, f: nm_compress(x, f.to("meta")),
     "unknown quantize 'int4'; .*valid: None, fp8, int8": lambda x, f: nm_compress(x, f, "int4"),
+    "smooth is for what is quantised": lambda x, f: nm_compress(x, f, None, None, f),
+    r"smooth has shape \[64\]; valid: \[128\]": (
+        lambda x, f: nm_compress(x, f, "int8", None, f[:64])
+    ),
+    "smooth has dtype torch.float64": lambda x, f: nm_compress(x, f, "int8", None, f.double()),
+    "smooth is on meta; valid: the device of x": (
+        lambda x, f: nm_compress(x, f, "int8", None, f.to("meta"))
+    ),
     "correction='variance' needs nm_select": lambda x, f: nm_compress(x, f, None, "variance"),
     "unknown correction 'nrom'; did you mean 'norm'": lambda x, f: nm_compress(x, f, None, "nrom"),
 }

@@ -11,6 +11,8 @@ X = torch.randn(2, 5, 64, generator=GENERATOR)
 WEIGHT = torch.randn(24, 64, generator=GENERATOR)
 BIAS = torch.randn(24, generator=GENERATOR)
 FACTOR = torch.rand(64, generator=GENERATOR) + 0.5
+ALPHA = torch.rand(24, generator=GENERATOR) + 0.5
+BETA = torch.randn(24, generator=GENERATOR)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -23,6 +25,19 @@ def test_selects_then_multiplies(assert_same_bits, dtype, bias, arguments, view)
     kept = nm_select(x, FACTOR, *arguments)
     expected = torch.nn.functional.linear(kept, weight, bias)
     assert_same_bits(nm_linear(x, weight, bias, FACTOR, *arguments), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bias", [None, BIAS])
+@pytest.mark.parametrize(("alpha", "beta"), [(ALPHA, None), (None, BETA), (ALPHA, BETA)])
+def test_outputs_are_scaled_then_shifted(assert_same_bits, dtype, bias, alpha, beta):
+    x, weight = X.to(dtype), WEIGHT.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    y = nm_linear(x, weight, bias, FACTOR, 2, 4, "norm", 1)
+    wide = y if dtype == torch.float64 else y.float()
+    expected = wide * (1 if alpha is None else alpha) + (0 if beta is None else beta)
+    actual = nm_linear(x, weight, bias, FACTOR, 2, 4, "norm", 1, 0, alpha, beta)
+    assert_same_bits(actual, expected.to(dtype))
 
 
 def test_selecting_all_is_the_dense_projection(assert_same_bits):
@@ -45,6 +60,18 @@ def test_no_tokens(assert_same_bits):
         ("bias has dtype .*16", lambda: nm_linear(X, WEIGHT, BIAS.half(), None, 2, 4)),
         ("weight is on meta", lambda: nm_linear(X, WEIGHT.to("meta"), None, None, 2, 4)),
         ("pattern='?3:2'?", lambda: nm_linear(X, WEIGHT, None, None, 3, 2)),
+        (
+            r"output_scale has shape \[23\]; valid: \[24\]",
+            lambda: nm_linear(X, WEIGHT, None, None, 2, 4, None, 0, 0, ALPHA[1:]),
+        ),
+        (
+            "output_bias has dtype torch.float16; valid: torch.float32",
+            lambda: nm_linear(X, WEIGHT, None, None, 2, 4, None, 0, 0, None, BETA.half()),
+        ),
+        (
+            "output_scale is on meta",
+            lambda: nm_linear(X, WEIGHT, None, None, 2, 4, None, 0, 0, ALPHA.to("meta")),
+        ),
         ("x is a scalar", lambda: nm_linear(X[0, 0, 0], WEIGHT, None, None, 2, 4)),
     ],
 )
@@ -54,8 +81,8 @@ def test_bad_arguments_are_named(message, call):
 
 
 def test_opcheck():
-    for bias in (None, BIAS):
-        arguments = (X, WEIGHT, bias, FACTOR, 2, 4, "norm", 1)
+    for bias, alpha in ((None, None), (BIAS, ALPHA)):
+        arguments = (X, WEIGHT, bias, FACTOR, 2, 4, "norm", 1, 0, alpha, alpha)
         torch.library.opcheck(nm_linear.default, arguments)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +36,23 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def bfloat16_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convert as PyTorch does: the interpreter truncates to bfloat16, and loses its denormals."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="needs Triton")
+    language, convert = interpreter.tl, interpreter._convert_float
+
+    def converted(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source, target) == (language.float32, language.bfloat16):
+            rounded = torch.from_numpy(np.array(data).view(np.float32)).bfloat16()
+            return rounded.view(torch.int16).numpy().view(np.uint16)
+        if (source, target) == (language.bfloat16, language.float32):
+            return data.view(np.uint16).astype(np.uint32) << 16
+        return convert(data, source, target, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", converted)
 
 
 @pytest.fixture

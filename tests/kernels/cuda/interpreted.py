@@ -22,6 +22,7 @@ from unittest.mock import patch
 import pytest
 
 triton = pytest.importorskip("triton", reason="needs Triton: pip install triton")
+importlib.import_module("triton.runtime.interpreter")  # before sys.modules is patched: only once
 
 
 @functools.cache

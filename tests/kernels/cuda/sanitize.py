@@ -31,6 +31,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 KINDS = ("bf16", "fp16", "int8", "fp8")
 SIZES = ((1, 8, 64), (77, 136, 192), (130, 264, 448))
 """Tokens, outputs and channels."""
+FP16 = torch.float16
 FOUND = 99
 """What the sanitizer returns if it found anything."""
 SUMMARY = re.compile(r"(ERROR|RACECHECK) SUMMARY: .*")
@@ -61,6 +62,14 @@ def _launched(kind: str, sizes: tuple[int, int, int], device: torch.device) -> I
         amber.nm_select(x, factor, 2, 4, "norm")
         amber.nm_select(x, factor, 8, 16)
         yield "nm_select"
+    else:
+        amber.nm_compress(x, factor, quantize, "norm", factor)
+        yield "nm_compress, smooth"
+        for n, m, correction in ((2, 4, "norm"), (8, 16, "variance"), (4, 4, None)):
+            codes, row_scale = amber.nm_quantize(x, factor, factor, n, m, quantize, correction)
+            yield f"nm_quantize {n}:{m} {correction}"
+        amber.quantized_linear(codes, row_scale, weight, factor[:1].expand(len(weight)), None, FP16)
+        yield "quantized_linear"
     arguments = (values, metadata, weight, None, scale, None, None)
     instruction = device_instruction(device)
     names = {instruction.module if instruction else "mma_sp", "mma_sp"}

@@ -34,7 +34,9 @@ def launch(monkeypatch):
         monkeypatch.setattr(tl, name, InterpretedFunction(getattr(tl, name).fn))
     with np.errstate(all="ignore"):
         yield interpreted(
-            "amber_compile.kernels.cuda.nm_compress", "amber_compile.kernels.cuda.packed_groups"
+            "amber_compile.kernels.cuda.nm_compress",
+            "amber_compile.kernels.cuda.packed_groups",
+            "amber_compile.kernels.cuda.codes",
         ).launch
 
 
@@ -51,14 +53,14 @@ def integers(tensor):
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
 
 
-def check(launch, x, factor, quantize, correction):
+def check(launch, x, factor, quantize, correction, smooth=None):
     """Compare bit for bit; a correction within the rounding of its sums.
 
     A sum of K squares in any order errs by at most K roundings. Of the two sums the root of the
     ratio is taken, which halves their errors, and twelve more roundings follow on both sides.
     """
-    values, metadata, scale = launch(x, factor, quantize, correction)
-    expected = nm_compress_reference(x, factor, quantize, correction)
+    values, metadata, scale = launch(x, factor, quantize, correction, smooth)
+    expected = nm_compress_reference(x, factor, quantize, correction, smooth)
     for name, actual, wanted in zip(
         ("values", "metadata"), (values, metadata), expected, strict=False
     ):
@@ -82,13 +84,16 @@ def check(launch, x, factor, quantize, correction):
     tokens=st.integers(1, 18),
     blocks=st.integers(1, 3),
     weighted=st.booleans(),
+    smoothed=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_odd_values(launch, dtype, quantize, correction, tokens, blocks, weighted, seed):
+def test_odd_values(launch, dtype, quantize, correction, tokens, blocks, weighted, smoothed, seed):
     x = sample(ODD_VALUES, (tokens, 64 * blocks), dtype, seed)
     x[::2] = gaussian(*x[::2].shape, dtype=dtype, seed=seed)
     factor = sample(ODD_FACTORS, 64 * blocks, torch.float32, seed + 1) if weighted else None
-    check(launch, x, factor, quantize, correction)
+    smooth = sample(ODD_FACTORS, 64 * blocks, torch.float32, seed + 2)
+    smooth[np.random.default_rng(seed).random(64 * blocks) < 0.9] = 1.5  # some rows are finite
+    check(launch, x, factor, quantize, correction, smooth if smoothed and quantize else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,13 +112,16 @@ def test_ordinary_values(launch, dtype, weighted, quantize, correction, tokens, 
     x = gaussian(tokens, channels, dtype=dtype)
     factor = gaussian(channels, dtype=torch.float32, seed=1).abs() if weighted else None
     check(launch, x, factor, quantize, correction)
+    if quantize:
+        smooth = gaussian(channels, dtype=torch.float32, seed=2)
+        check(launch, x, factor, quantize, correction, smooth)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "fp8"])
 def test_one_row_a_program(launch, quantize):
     factor = gaussian(8256, dtype=torch.float32, seed=1).abs()
     check(launch, gaussian(9, 8256)[[0, 8]], factor, quantize, "norm")
-    check(launch, gaussian(9, 8256), None, quantize, None)
+    check(launch, gaussian(9, 8256), None, quantize, None, factor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -142,6 +150,14 @@ def test_every_finite_value_is_quantised(launch, dtype, quantize):
 def test_rows_of_any_magnitude(launch, quantize, magnitude):
     x = (torch.randn(4, 128) * magnitude).clamp(-3.3e38, 3.3e38).bfloat16()
     check(launch, x, None, quantize, "norm")
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_rows_that_are_not_finite_once_smoothed(launch, quantize):
+    x, smooth = gaussian(5, 64), torch.ones(64)
+    x[0, 3], x[1, 6], x[2, 9], smooth[3] = 3e38, INF, NAN, 2.0
+    check(launch, x, None, quantize, None, smooth)
+    assert launch(x, None, quantize, None, smooth)[2].isnan().tolist() == [True] * 3 + [False] * 2
 
 
 @pytest.mark.parametrize("quantize", QUANTIZED)
@@ -190,11 +206,13 @@ def test_on_a_gpu(dtype, quantize, correction, weighted, tokens, channels):
         x[3], x[4, 5], x[5, ::3], x[6] = 0, INF, NAN, x[6] * 2.0**-20
     factor = gaussian(channels, dtype=torch.float32, seed=1).abs() if weighted else None
 
-    def on_the_gpu(x, factor, *options):
-        results = launch(x.cuda(), None if factor is None else factor.cuda(), *options)
+    def on_the_gpu(x, factor, quantize, correction, smooth):
+        x, factor, smooth = (None if t is None else t.cuda() for t in (x, factor, smooth))
+        results = launch(x, factor, quantize, correction, smooth)
         return tuple(result.cpu() for result in results)
 
-    check(on_the_gpu, x, factor, quantize, correction)
+    smooth = gaussian(channels, dtype=torch.float32, seed=2) if quantize and weighted else None
+    check(on_the_gpu, x, factor, quantize, correction, smooth)
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ QUANTIZED = (None, "int8", "fp8")
 POINTERS = {
     "x_ptr": "*i64:16",
     "factor_ptr": "*fp32:16",
+    "smooth_ptr": "*fp32:16",
     "metadata_ptr": "*i32:16",
     "row_scale_ptr": "*fp32:16",
 }
@@ -34,17 +35,21 @@ class Recorder:
 def compiled(monkeypatch):
     """Compile for ``target`` what ``launch`` would run for rows of that many channels."""
 
-    def compile_launch(target, channels, quantize, correction, weighted, dtype=torch.bfloat16):
+    def compile_launch(
+        target, channels, quantize, correction, weighted, dtype=torch.bfloat16, smoothed=False
+    ):
         name = "_compress_quantized" if quantize else "_compress"
         kernel, recorder = getattr(kernels, name), Recorder()
         with monkeypatch.context() as patch:
             patch.setattr(kernels, name, recorder)
             factor = torch.ones(channels) if weighted else None
-            kernels.launch(torch.zeros(16, channels, dtype=dtype), factor, quantize, correction)
+            x, smooth = torch.zeros(16, channels, dtype=dtype), factor if smoothed else None
+            kernels.launch(x, factor, quantize, correction, smooth)
         options = recorder.options
         if "CONVERT" in options:
             options["CONVERT"] = target != "sm_80"
         types = {**POINTERS, "values_ptr": "*i16:16" if quantize else "*i32:16"}
+        types = {name: types[name] for name in kernel.arg_names if name in types}
         for argument, tensor in zip(kernel.arg_names, recorder.tensors, strict=False):
             if tensor is None:
                 types.pop(argument)
@@ -75,10 +80,22 @@ def test_resources(compiled, target, channels, quantize, correction, weighted):
         assert kernel.wide_stores >= 2
 
 
+@pytest.mark.parametrize(
+    ("target", "channels", "quantize"),
+    [("sm_80", 4096, "fp8"), ("sm_90", 4096, "int8"), ("sm_90", 14336, "fp8")],
+)
+def test_smoothing_takes_no_more_than_registers(compiled, target, channels, quantize):
+    kernel, _ = compiled(target, channels, quantize, "norm", True, smoothed=True)
+    assert kernel.spills == kernel.spilled_bytes == 0
+    assert kernel.registers <= 128
+    assert kernel.wide_loads == kernel.count("LDG")
+
+
 @pytest.mark.parametrize("channels", [64, 8192, 28672])
 @pytest.mark.parametrize("quantize", QUANTIZED)
 def test_other_sizes_do_not_spill(compiled, channels, quantize):
-    kernel, _ = compiled("sm_89", channels, quantize, "norm", True, torch.float16)
+    smoothed = quantize is not None
+    kernel, _ = compiled("sm_89", channels, quantize, "norm", True, torch.float16, smoothed)
     assert kernel.spills == kernel.spilled_bytes == 0
 
 

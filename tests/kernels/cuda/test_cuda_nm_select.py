@@ -10,11 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interpreted import interpreted, triton
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.runtime import interpreter
 
 from amber_compile.kernels import nm_select as operator
 from amber_compile.kernels.cuda import device as cuda_device
 from amber_compile.kernels.nm_select import EPSILON, nm_select_reference
+
+pytestmark = pytest.mark.usefixtures("bfloat16_conversions")
 
 tl = triton.language
 kernels = interpreted(
@@ -52,22 +53,6 @@ class Selection:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def select(request):
     return Selection(request.param)
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_conversions(monkeypatch):
-    """Convert as PyTorch does: the interpreter truncates to bfloat16, and loses its denormals."""
-    convert = interpreter._convert_float
-
-    def converted(data, source, target, mode):
-        if (source, target) == (tl.float32, tl.bfloat16):
-            rounded = torch.from_numpy(np.array(data).view(np.float32)).bfloat16()
-            return rounded.view(torch.int16).numpy().view(np.uint16)
-        if (source, target) == (tl.bfloat16, tl.float32):
-            return data.view(np.uint16).astype(np.uint32) << 16
-        return convert(data, source, target, mode)
-
-    monkeypatch.setattr(interpreter, "_convert_float", converted)
 
 
 def assert_same_bits(actual, expected):

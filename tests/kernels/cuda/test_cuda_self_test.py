@@ -78,6 +78,23 @@ def test_a_wrong_product_is_noticed(monkeypatch, kind, fault):
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("missing", [3, 4, 5], ids=["bias", "row_scale", "col_scale"])
+def test_a_missing_vector_is_noticed(monkeypatch, kind, missing):
+    def without(*arguments):
+        left = (*arguments[:missing], None, *arguments[missing + 1 :])
+        return nm_matmul_reference(*left)
+
+    multiply_by(monkeypatch, without)
+    assert why_wrong(CPU, kind).startswith("nm_matmul is wrong at ")
+
+
+@pytest.mark.parametrize("kind", [kind for kind, quantized in QUANTIZED.items() if quantized])
+def test_smoothing_is_looked_at(monkeypatch, kind):
+    compress_by(monkeypatch, lambda *a: nm_compress_reference(*a[:4]))
+    assert why_wrong(CPU, kind) == "nm_compress returns wrong values"
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_a_product_that_leaves_out_the_last_channels_is_noticed(monkeypatch, kind):
     def short(values, metadata, weight, *rest):
         weight = weight.clone()

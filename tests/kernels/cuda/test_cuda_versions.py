@@ -22,6 +22,7 @@ PATTERNS = (
     "test_cuda_wgmma_sp.py",
     "test_cuda_mma_sp.py",
     "test_cuda_nm_*.py",
+    "test_cuda_quantized_linear.py",
 )
 TOGETHER = ("-n", "2", "--dist", "loadfile")
 PROGRAM = """
