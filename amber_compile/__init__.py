@@ -6,12 +6,17 @@ AmberConfig      the options of one compilation
 Plan             what to sparsify, one entry per projection, in a file
 explain          what would be rewritten in a model, and why the rest would not
 last_reports     what was rewritten in each compiled graph, and why the rest was not
+calibrate        a plan for a model, from its user's text
+evaluate         what a plan or options cost: loss, KL, top-1 agreement
+permute_channels the channel order that a plan was made for, folded into the weights
 check            the error of every site and of the output, dense and sparse side by side
 bisect           which step and which site cause an error above a bound
+restore          values for weights that decode= released
 refresh          weights were changed behind PyTorch's back
 register_model   names for the weights of a model that is compiled in parts
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import _checkout  # noqa: F401  # finds the subpackages of a source checkout
@@ -37,26 +42,38 @@ __all__ = [
     "Report",
     "Settings",
     "bisect",
+    "calibrate",
     "check",
+    "evaluate",
     "explain",
     "last_reports",
+    "permute_channels",
     "refresh",
     "register_model",
+    "restore",
 ]
 
 if TYPE_CHECKING:
+    from .calibration.calibrate import calibrate
     from .debug.bisect_sites import bisect
     from .debug.compare import check
+    from .evaluation import evaluate
+    from .permute import permute_channels
+    from .release import restore
+
+LATER = {
+    "bisect": "debug.bisect_sites",
+    "calibrate": "calibration",
+    "check": "debug.compare",
+    "evaluate": "evaluation",
+    "permute_channels": "permute",
+    "restore": "release",
+}
+"""Names that are imported when they are first asked for: Amber itself is imported in no time."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import what loads Dynamo when it is first asked for: Amber itself is imported in no time."""
-    if name == "check":
-        from .debug.compare import check
-
-        return check
-    if name == "bisect":
-        from .debug.bisect_sites import bisect
-
-        return bisect
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import what :data:`LATER` says."""
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{LATER[name]}", __name__), name)

@@ -85,7 +85,7 @@ def compile_graph(
             trace_graph("after", gm)
         return inner(gm, inputs, config, rewritten)
 
-    compiled = compile_variants(analysis, traced, graph)
+    compiled = compile_variants(analysis, traced, graph, release=True)
     record(Report([graph]))
     trace_report(graph)
     return compiled

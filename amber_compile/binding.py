@@ -5,8 +5,8 @@
 The derived tensors are looked up again when a weight was replaced or written to. Layers compiled
 one by one share one graph but need not share a plan: each distinct set of decisions has a compiled
 *variant*, and the weights of the call choose it. Weights that no variant is for, and weights that
-have no factor any more (one became infinite), run the dense graph, uncompiled, with a warning.
-Weights are held weakly.
+have no factor any more (one became infinite), run the dense graph, uncompiled, with a warning; if
+the values of one were released (release.py), that is an error. Weights are held weakly.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .derived import Key, epoch, score_factor, stamp
-from .errors import OptionError
+from .derivations import Derivation, Names
+from .derived import derive, epoch, stamp
+from .errors import OptionError, PlanError
+from .release import read, refuse_released, release
 
 Compiled = Callable[..., Any]
 Weights = Sequence[torch.Tensor]
@@ -30,18 +32,47 @@ Weights = Sequence[torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """An appended input: the factor, under ``key``, of the weight at argument ``position``."""
+    """An appended input: what ``request`` makes of the weight at argument ``position``."""
 
     position: int
-    key: Key
+    request: Derivation
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A weight to be released when its codes are there.
+
+    Attributes:
+        position: of its argument.
+        also: what is derived from it before.
+        tell: is called with why it keeps its values, or None.
+    """
+
+    position: int
+    also: tuple[Derivation, ...]
+    tell: Callable[[str | None], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One compiled form of a graph, and the inputs that it has beyond the graph's own."""
+    """One compiled form of a graph, and the inputs that it has beyond the graph's own.
+
+    Attributes:
+        compiled: what runs.
+        derived: its further inputs.
+        reads: argument positions of the weights whose values it reads.
+        releases: weights whose values nobody reads.
+    """
 
     compiled: Compiled
     derived: tuple[Derived, ...] = ()
+    reads: tuple[int, ...] = ()
+    releases: tuple[Release, ...] = ()
+
+    def at(self, names: Names) -> Variant:
+        """Return the same graph for the projections of other names."""
+        moved = [Derived(one.position, one.request.at(names)) for one in self.derived]
+        return replace(self, derived=tuple(moved))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +127,13 @@ class Binding:
         with self._lock:
             variant = self._choose(weights)
             if variant is None:  # not remembered: the model may be registered later
+                refuse_released(arguments)
                 return _Bound((), [], self._dense, ())
+            read([arguments[at] for at in variant.reads], self)
+            compiled, tensors = self._inputs_of(variant, arguments)
             positions = dict.fromkeys(one.position for one in variant.derived)
             scored = tuple([at for at in positions if not isinstance(arguments[at], FakeTensor)])
             stamps = _stamps([arguments[at] for at in scored])
-            compiled, tensors = self._inputs_of(variant, arguments)
             forget = _Forget(weakref.ref(self), key)
             owners = tuple([weakref.ref(weight, forget) for weight in weights])
             self._bound[key] = _Bound(scored, stamps, compiled, tensors, owners)
@@ -110,18 +143,31 @@ class Binding:
         self, variant: Variant, arguments: Sequence[Any]
     ) -> tuple[Compiled, tuple[torch.Tensor, ...]]:
         try:
-            factors = [score_factor(arguments[one.position], *one.key) for one in variant.derived]
-        except OptionError as cause:
+            tensors = _derive_and_release(variant, arguments)
+        except (OptionError, PlanError) as cause:
+            refuse_released(arguments)
             warnings.warn(
                 f"amber: the dense graph runs, uncompiled, until its weights change: {cause}",
                 stacklevel=2,
             )
             return self._dense, ()
-        return variant.compiled, tuple(factors)
+        return variant.compiled, tensors
 
     def forget(self, key: tuple[int, ...]) -> None:
         """Drop what one set of weights was bound to: one of them is gone."""
         self._bound.pop(key, None)
+
+
+def _derive_and_release(variant: Variant, arguments: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    """Return a variant's further inputs; release each weight before the next has codes."""
+    tensors: dict[Derived, torch.Tensor] = {}
+    releases = {one.position: one for one in variant.releases}
+    for at in dict.fromkeys(one.position for one in variant.derived):
+        own = [one for one in variant.derived if one.position == at]
+        tensors |= {one: derive(arguments[at], one.request) for one in own}
+        if at in releases and not isinstance(arguments[at], FakeTensor):
+            releases[at].tell(release(arguments[at], releases[at].also))
+    return tuple([tensors[one] for one in variant.derived])
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 At each site the dense product is computed from the same input that the selection reads:
 
     error = ‖Y - Y'‖₂ / ‖Y‖₂       Y = x Wᵀ,  Y' = select(x) Wᵀ       (Amber Pruner, section 3)
+                                   Y' = what the codes give            of a quantised site
 
 and at the end the outputs of the whole dense graph are compared with those of the rewritten one.
 Tensors that are no parameters (caches among them) are copied first, and every run meets the same
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from .binding import Compiled
 from .debug.output_error import relative_error, worse
+from .passes.quantize_projections import Product
 from .report import GraphReport
 from .rewrite import Rewritten
 
@@ -75,18 +77,29 @@ class _SideBySide(Interpreter):
     def __init__(self, rewritten: Rewritten) -> None:
         super().__init__(rewritten.gm, garbage_collect_values=False)
         self._sites = {site.node: (site, selected) for site, selected in rewritten.sites}
+        self._products = {product.node: (product, bias) for product, bias in rewritten.products}
         self.errors: dict[str, float] = {}
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
-        if n in self._sites:
+        if n in self._products:
+            product, bias = self._products[n]
+            self._note(product.projection.name, self._dense(product, bias), result)
+        elif n in self._sites:
             site, selected = self._sites[n]
             kept, self.env[selected] = self.env[selected], self.env[site.x]
-            expected = super().run_node(n)
+            self._note(site.name, super().run_node(n), result)
             self.env[selected] = kept
-            error = relative_error([expected], [result])
-            self.errors[site.name] = worse(error, self.errors.get(site.name))
         return result
+
+    def _dense(self, product: Product, bias: Node | None) -> torch.Tensor:
+        """Compute what a quantised product approximates."""
+        weight = product.matrix.of(self.env[product.projection.weight])
+        added = None if bias is None else self.env[bias]
+        return torch.nn.functional.linear(self.env[product.projection.x], weight, added)
+
+    def _note(self, name: str, expected: Any, result: Any) -> None:
+        self.errors[name] = worse(relative_error([expected], [result]), self.errors.get(name))
 
 
 def fork_rng_of(tensors: Sequence[Any]) -> contextlib.AbstractContextManager[None]:

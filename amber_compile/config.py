@@ -15,6 +15,7 @@ from typing import Any
 from .errors import OptionError, choices, whole_number
 from .pattern import Pattern
 from .plan import Plan
+from .quantization import FORMATS, Quantization
 from .settings import CORRECTIONS, FAST, SCORES, Settings
 
 PRESETS = {
@@ -25,7 +26,9 @@ BY_PRESET = "preset"
 """The value of ``score`` and ``correction`` that means: as the preset has it."""
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-DECIDED_BY_PLAN = ("preset", "pattern", "score", "correction", "projections", "dense_prefix")
+DECIDED_BY_PLAN = (
+    *("preset", "pattern", "score", "correction", "projections", "dense_prefix", "quantize"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,13 @@ class AmberConfig:
         correction: ``None``, ``"norm"``, ``"variance"``, or ``"preset"``.
         projections: fnmatch patterns of qualified module names to sparsify, instead of the rule.
         skip: fnmatch patterns of qualified module names that stay dense whatever else says.
+        quantize: ``"int8"`` or ``"fp8"``: weights and activations of every linear projection but
+            the head are quantised in prefill, whether or not they are sparse (W8A8).
+        quantize_skip: fnmatch patterns of qualified module names that are not quantised.
+        decode: ``"int8"`` or ``"fp8"``, as ``quantize``: decode multiplies by the quantised weights
+            too, and their 16-bit copies are released. Decode is as it was if not given.
+        fold_smooth: multiply smooth vectors into the norm or the projection before, where the graph
+            allows, instead of in the quantise kernel.
         plan: a :class:`Plan` or the path of one; it then decides which, and with what settings.
         min_tokens: a call with fewer tokens stays dense (one token a sequence always does).
         dense_prefix: tokens at the start of every sequence that are left dense; 0 if not given.
@@ -62,6 +72,10 @@ class AmberConfig:
     correction: str | None = BY_PRESET
     projections: Iterable[str] | None = None
     skip: Iterable[str] = ()
+    quantize: str | None = None
+    quantize_skip: Iterable[str] = ()
+    decode: str | None = None
+    fold_smooth: bool = False
     plan: Plan | str | os.PathLike[str] | None = None
     min_tokens: int = 1
     dense_prefix: int | None = None
@@ -75,7 +89,9 @@ class AmberConfig:
         self._check_choice("mode", MODES)
         self._check_choice("score", (*SCORES, BY_PRESET))
         self._check_choice("correction", (None, *CORRECTIONS, BY_PRESET))
-        for name in ("strict", "check"):
+        self._check_choice("quantize", (None, *FORMATS))
+        self._check_choice("decode", (None, *FORMATS))
+        for name in ("strict", "check", "fold_smooth"):
             if type(getattr(self, name)) is not bool:
                 raise OptionError(f"{name}={getattr(self, name)!r} must be True or False")
         self._set("min_tokens", whole_number("min_tokens", self.min_tokens, 1))
@@ -85,11 +101,13 @@ class AmberConfig:
             self._set("pattern", Pattern.parse(self.pattern))
         if self.projections is not None:
             self._set("projections", _name_patterns("projections", self.projections))
-        self._set("skip", _name_patterns("skip", self.skip))
+        for name in ("skip", "quantize_skip"):
+            self._set(name, _name_patterns(name, getattr(self, name)))
         if not isinstance(self.inductor, Mapping):
             raise OptionError(f"inductor={self.inductor!r} must be a dict of config patches")
         self._set("inductor", dict(self.inductor))
         self._check_plan()
+        self._check_decode()
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -113,6 +131,24 @@ class AmberConfig:
                     f"{name}={getattr(self, name)!r} contradicts plan=: the plan decides it; "
                     f"drop one of the two (skip= and min_tokens= go with a plan)"
                 )
+
+    def _check_decode(self) -> None:
+        if self.decode is None:
+            return
+        if self.check:
+            raise OptionError("check=True needs the weights that decode= releases; drop one")
+        planned = _formats(self.plan) if isinstance(self.plan, Plan) else {self.quantize}
+        if planned != {self.decode}:
+            what = ", ".join(sorted(map(str, planned))) or "nothing"
+            raise OptionError(
+                f"decode={self.decode!r} shares the weights of prefill, which are quantised to "
+                f"{what}; valid: None, or quantize={self.decode!r} beside it"
+            )
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How a projection is quantised where no plan says otherwise."""
+        return Quantization(self.quantize) if self.quantize else None
 
     @property
     def settings(self) -> Settings:
@@ -144,6 +180,12 @@ class AmberConfig:
             if key not in valid:
                 raise OptionError(choices("option", key, valid))
         return cls(**given)
+
+
+def _formats(plan: Plan) -> set[str | None]:
+    """Return the number formats that a plan quantises to."""
+    chosen = [site.quantization for site in plan.sites.values()]
+    return {one.dtype for one in chosen if isinstance(one, Quantization)}
 
 
 def _name_patterns(name: str, value: object) -> tuple[str, ...]:

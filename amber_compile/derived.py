@@ -1,30 +1,35 @@
-"""Tensors derived from a weight: computed once per weight, shared by all graphs that read it.
+"""Keep the tensors that follow from a weight: computed once, shared by all graphs that read them.
 
-A factor is valid for one *stamp* of its weight: identity, storage address and version counter. An
+A tensor is valid for one *stamp* of its weight: identity, storage address and version counter. An
 in-place write, ``load_state_dict``, an optimiser step or a new parameter changes the stamp. Writes
 behind PyTorch's back do not (``p.data.add_``, fused optimisers, NumPy views): ``refresh(model)``.
-Weights are held weakly. A fake weight has no values: its factor is fake as well, and never kept.
+Weights are held weakly; so are the larger tensors, which a compiled graph holds while it needs
+them. A fake weight has no values: what follows from it is fake as well, and never kept. A weight
+whose values were released (release.py) has what was kept of it, and what follows from that.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import MutableMapping
+import weakref
+from collections.abc import Callable, Iterable, MutableMapping
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .scores import SCORES
+from .derivations import Derivation
+from .errors import ReleasedError
+from .rebuild import rebuilt
+from .stand_in import is_released
 
 Stamp = tuple[int, int]
-Key = tuple[str, bool, int | None]
-"""A score, whether the weight is stored transposed, and how many leading rows (None: all)."""
+Held = Callable[[], torch.Tensor | None]
 
 _lock = threading.RLock()
-_factors: MutableMapping[torch.Tensor, dict[Key, tuple[Stamp, torch.Tensor]]]
-_factors = WeakIdKeyDictionary()
+_derived: MutableMapping[torch.Tensor, dict[Derivation, tuple[Stamp, Held]]]
+_derived = WeakIdKeyDictionary()
 _epoch = 0
 
 
@@ -38,32 +43,66 @@ def epoch() -> int:
     return _epoch
 
 
-def score_factor(
-    weight: torch.Tensor, score: str, transposed: bool = False, rows: int | None = None
-) -> torch.Tensor:
-    """Return the factor of ``weight`` under ``score``, from the cache if it is still valid.
+def derive(weight: torch.Tensor, derivation: Derivation) -> torch.Tensor:
+    """Return the tensor that ``derivation`` makes of ``weight``, the same while it is valid.
 
-    Args:
-        weight: ``[N, K]`` or ``[E, N, K]``; ``[K, N]`` or ``[E, K, N]`` if ``transposed``.
-        score: a key of :data:`amber_compile.scores.SCORES` that has a factor.
-        transposed: how the weight is stored.
-        rows: take only the first so many of the N rows: the gate of a fused projection.
-
-    Returns:
-        fp32 ``[K]``, or ``[E, K]`` with one factor per expert.
+    Raises:
+        OptionError: if the weight has none, for it is not finite.
+        PlanError: if it is a tensor that the plan lacks.
+        ReleasedError: if the weight has no values any more, and it does not follow from the codes.
     """
     if isinstance(weight, FakeTensor):
-        shape = (*weight.shape[:-2], weight.shape[-2 if transposed else -1])
-        return weight.new_empty(shape, dtype=torch.float32, requires_grad=False)
+        return derivation.like(weight)
     with _lock:
-        known = _factors.setdefault(weight, {})
+        known = _derived.setdefault(weight, {})
         now = stamp(weight)
-        key = score, transposed, rows
-        held = known.get(key)
-        if held is None or held[0] != now:
-            held = now, _compute(weight, *key)
-            known[key] = held
-        return held[1]
+        then, held = known.get(derivation, (None, _nothing))
+        tensor = held() if then == now else None
+        if tensor is None:
+            # not in inference mode: the tensor is an input of other modes' graphs too
+            with torch.inference_mode(False), torch.no_grad():
+                tensor = _made(weight, derivation)
+            known[derivation] = now, _hold(tensor, derivation.lasting)
+        return tensor
+
+
+def kept(weight: torch.Tensor, *, written: bool = False) -> dict[Derivation, torch.Tensor]:
+    """Return what is kept of ``weight`` as it is now, or as it was before it was ``written`` to."""
+    with _lock:
+        now = stamp(weight)
+        every = _derived.get(weight, {}).items()
+        held = [(one, hold()) for one, (then, hold) in every if then == now or written]
+        return {one: tensor for one, tensor in held if tensor is not None}
+
+
+def move(
+    weight: torch.Tensor, change: Callable[[], None], lasting: Iterable[Derivation] = ()
+) -> None:
+    """Let ``change`` give ``weight`` other storage; what follows from it stays what it was.
+
+    ``lasting`` is from now on kept as long as the weight lives.
+    """
+    with _lock:
+        known, firm = kept(weight, written=is_released(weight)), set(lasting)
+        change()
+        now = stamp(weight)
+        _derived[weight] = {
+            one: (now, _hold(tensor, one.lasting or one in firm)) for one, tensor in known.items()
+        }
+
+
+def _made(weight: torch.Tensor, derivation: Derivation) -> torch.Tensor:
+    """Compute what follows from ``weight``."""
+    if not is_released(weight):
+        return derivation.compute(weight)
+    tensor = rebuilt(weight, derivation, kept(weight))
+    if tensor is None:
+        raise ReleasedError(
+            f"the values of a weight {list(weight.shape)} were released (decode=), and since it "
+            f"was written to, or the options are others, its codes do not tell {derivation}. Call "
+            "amber_compile.restore(model) first, then load weights or compile with other options"
+        )
+    return tensor
 
 
 def refresh(model: torch.nn.Module) -> None:
@@ -77,17 +116,14 @@ def refresh(model: torch.nn.Module) -> None:
         raise TypeError(f"refresh takes a torch.nn.Module, not {type(model).__name__}")
     with _lock:
         for weight in itertools.chain(model.parameters(), model.buffers()):
-            _factors.pop(weight, None)
+            if not is_released(weight):  # of one that is, nothing else is left
+                _derived.pop(weight, None)
         _epoch += 1
 
 
-def _compute(weight: torch.Tensor, score: str, transposed: bool, rows: int | None) -> torch.Tensor:
-    """Compute a factor outside inference mode: its result is an input of other modes' graphs."""
-    function = SCORES[score]
-    assert function is not None, f"score {score!r} has no factor"
-    with torch.inference_mode(False), torch.no_grad():
-        matrix = weight.detach().transpose(-1, -2) if transposed else weight.detach()
-        matrix = matrix[..., :rows, :]
-        if matrix.dim() == 3:
-            return torch.stack([function(expert) for expert in matrix])
-        return function(matrix)
+def _nothing() -> None:
+    return None
+
+
+def _hold(tensor: torch.Tensor, lasting: bool) -> Held:
+    return (lambda: tensor) if lasting else weakref.ref(tensor)

@@ -26,6 +26,10 @@ class RewriteError(AmberError, RuntimeError):
     """A graph could not be rewritten as planned (raised under ``strict=True`` only)."""
 
 
+class ReleasedError(AmberError, RuntimeError):
+    """The values of a weight are wanted, and they were released (``decode="int8"``)."""
+
+
 class VerifyError(AmberError, AssertionError):
     """A pass left a graph that does not mean what it should: a bug in Amber."""
 

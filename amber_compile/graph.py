@@ -69,8 +69,18 @@ def insert_call(graph: Graph, site: Node, target: Any, *args: Any, **kwargs: Any
     ``target`` is a function, or the name of a method of the first argument.
     """
     with graph.inserting_before(site):
-        kind = "call_method" if isinstance(target, str) else "call_function"
-        node = graph.create_node(kind, target, args, kwargs)
+        return _call_node(graph, site, target, args, kwargs)
+
+
+def append_call(graph: Graph, site: Node, target: Any, *args: Any) -> Node:
+    """Insert a call right behind ``site``, as :func:`insert_call` does before it."""
+    with graph.inserting_after(site):
+        return _call_node(graph, site, target, args, {})
+
+
+def _call_node(graph: Graph, site: Node, target: Any, args: Any, kwargs: Any) -> Node:
+    kind = "call_method" if isinstance(target, str) else "call_function"
+    node = graph.create_node(kind, target, args, kwargs)
     for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
         if key in site.meta:
             node.meta[key] = site.meta[key]

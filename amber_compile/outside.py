@@ -57,4 +57,5 @@ def _why(linear: nn.Linear, report: Report, read: set[int], stopped: str | None)
 def _row(name: str, linear: nn.Linear, reason: str) -> Site:
     shape = linear.out_features, linear.in_features
     macs = 0 if reason == NOT_CALLED else shape[0] * shape[1]  # what may run counts
-    return Site(name, shape, macs, "nn.Linear", dense(reason), role_of(name))
+    size = linear.weight.nbytes
+    return Site(name, shape, macs, "nn.Linear", dense(reason), role_of(name), weight_bytes=size)

@@ -7,28 +7,34 @@ whole model, or one that is not registered, there is one owner, whatever weights
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch.fx import GraphModule
 
 from .analysis import Analysis, Names
-from .binding import Compiled, Variant, Weights
+from .binding import Compiled, Release, Variant, Weights
 from .checked import Checked
 from .graph import copy_graph, positions
 from .naming import full_name
+from .rebuild import is_codes
 from .report import GraphReport, Site
 from .rewrite import Rewritten
 
 
 @dataclass(frozen=True)
 class Built:
-    """A variant; why it runs dense, if it failed; for ``check=True`` an uncompiled copy."""
+    """A variant; why it runs dense, if it failed; for ``check=True`` an uncompiled copy.
+
+    ``smoothing`` tells where smooth vectors are applied, by the names in the graph.
+    """
 
     variant: Variant
     failure: str | None = None
     twin: Rewritten | None = None
+    smoothing: Mapping[str, str] = field(default_factory=dict)
 
 
 class Owners:
@@ -39,6 +45,7 @@ class Owners:
         built: each owner's variant, that of the example inputs first.
         sites: each owner's rows of the report, added to it when the owner first calls.
         report: of the graph.
+        release: whether weights that only serve for their codes are released.
 
     Attributes:
         watched: argument positions of the weights to choose by.
@@ -51,6 +58,7 @@ class Owners:
         built: Mapping[Names, Built],
         sites: Mapping[Names, Sequence[Site]],
         report: GraphReport,
+        release: bool = False,
     ) -> None:
         self.dense = _uncompiled(analysis.gm)
         self._built = built
@@ -62,8 +70,17 @@ class Owners:
         self._owners = {tuple(names[one] for one in named): names for names in built}
         self._named = tuple(self._local[one] for one in named)
         self._unseen = set(built)
-        scored = [one.position for one in built[analysis.names[0]].variant.derived]
+        first = built[analysis.names[0]].variant
+        scored = [one.position for one in first.derived] + list(first.reads if release else ())
         self.watched = analysis.positions if len(built) > 1 else tuple(dict.fromkeys(scored))
+        wanted = analysis.config.decode is not None
+        releases = {
+            names: _releases(analysis, names, one.variant, sites[names]) if wanted else ()
+            for names, one in built.items()
+        }
+        for one in itertools.chain.from_iterable(releases.values()):
+            one.tell(None)  # for explain(), where nothing is bound and so nothing released
+        self._releases = releases if release else dict.fromkeys(built, ())
 
     def __call__(self, weights: Weights) -> Variant | None:
         names = self._owner(weights)
@@ -74,13 +91,14 @@ class Owners:
                 stacklevel=2,
             )
             return None
-        variant = self._built[names].variant
+        full = dict(zip(self._local, names, strict=True))
+        variant = replace(self._built[names].variant.at(full), releases=self._releases[names])
         if names not in self._unseen:
             return variant
         self._unseen.remove(names)
         known = {site.name for site in self._report.sites}
         self._report.sites += [site for site in self._sites[names] if site.name not in known]
-        return self._checked(names, variant)
+        return self._checked(names, full, variant)
 
     def _owner(self, weights: Weights) -> Names | None:
         """Return the names that ``weights`` have; those of the only owner belong to any."""
@@ -88,14 +106,44 @@ class Owners:
             return next(iter(self._built))
         return self._owners.get(tuple(map(full_name, self._named, weights)))
 
-    def _checked(self, names: Names, variant: Variant) -> Variant:
+    def _checked(self, names: Names, full: dict[str, str], variant: Variant) -> Variant:
         """Return ``variant``, to be measured on its first call if that was asked for."""
         twin = self._built[names].twin
         if twin is None:
             return variant
-        full = dict(zip(self._local, names, strict=True))
         checked = Checked(variant.compiled, self.dense, twin, full, self._report)
-        return Variant(checked, variant.derived)
+        return replace(variant, compiled=checked)
+
+
+def _releases(
+    analysis: Analysis, names: Names, variant: Variant, sites: Sequence[Site]
+) -> tuple[Release, ...]:
+    """Return the weights that ``variant`` multiplies by their codes, and never by their values."""
+    at, factors = positions(analysis.gm), analysis.factors(names)
+    rows = {site.name: site for site in sites}
+    coded = {one.position for one in variant.derived if is_codes(one.request)}
+    releases = []
+    for position in sorted(coded - set(variant.reads)):
+        own = [
+            place
+            for place, projection in enumerate(analysis.projections)
+            if at.get(projection.weight) == position
+        ]
+        also = tuple([factor for place in own if (factor := factors[place]) is not None])
+        tell = _Tell(tuple([rows[names[place]] for place in own]))
+        releases.append(Release(position, also, tell))
+    return tuple(releases)
+
+
+@dataclass(frozen=True)
+class _Tell:
+    """Write into rows of the report whether their weight was released."""
+
+    sites: tuple[Site, ...]
+
+    def __call__(self, kept: str | None) -> None:
+        for site in self.sites:
+            site.released = kept is None
 
 
 def _uncompiled(gm: GraphModule) -> Compiled:

@@ -8,17 +8,21 @@ model (explain.py) a report knows more: the linears that no graph holds, and eve
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .breaks import Break, distinct
 from .debug.output_error import OutputError, level, number
-from .decision import Decision
+from .memory import Memory
 from .plan import BY_PLAN, Plan, PlannedSite
+from .plan_tensors import PlanTensors
+from .site import Site as Site
 from .sketch import Stage
 from .table import break_list, site_table, worst_list
 
@@ -31,50 +35,8 @@ KEPT = 512
 _reports: deque[Report] = deque(maxlen=KEPT)
 
 
-@dataclass
-class Site:
-    """One projection of a graph and what became of it.
-
-    Attributes:
-        name: qualified name of the call site.
-        shape: of its weight, ``(N, K)`` or ``(E, N, K)``.
-        macs: multiply-accumulates per token (experts: per routed token and active expert).
-        operator: how the graph spells it.
-        decision: sparse with which settings, or dense for which reason.
-        role: what its name says it is: ``q``, ``gate``, ``down``, ``head`` ...
-        share: part of its outputs that reads a sparse activation, 0 to 1.
-        kernel: what runs the selection, for sparse sites.
-        error: relative output error ‖Y - Y'‖ / ‖Y‖ on the first call, under ``check=True``.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    macs: float
-    operator: str
-    decision: Decision
-    role: str = "unknown"
-    share: float = 0.0
-    kernel: str = ""
-    error: float | None = None
-
-    def called_again(self, other: Site) -> Site:
-        """Return the site of a projection that the graph calls a second time, as ``other``."""
-        macs = self.macs + other.macs
-        shared = self.macs * self.share + other.macs * other.share
-        shown = self if self.decision.sparse else other
-        return replace(shown, macs=macs, share=shared / macs if macs else 0.0)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the site as plain JSON values: ``sparse`` are its settings, or None."""
-        settings = self.decision.settings
-        return {
-            **{name: value for name, value in vars(self).items() if name != "decision"},
-            "shape": list(self.shape),
-            "sparse": settings.to_json() if settings else None,
-            "dense": self.decision.reason,
-            "obstacle": self.decision.obstacle,
-            "error": number(self.error),
-        }
+UNWRITTEN = ("traced", "plan")
+"""What is known of a graph and is not JSON."""
 
 
 @dataclass
@@ -84,7 +46,7 @@ class GraphReport:
     Attributes:
         phase: ``prefill``, ``decode`` or ``unknown``.
         sites: its projections in execution order.
-        rewritten: number of matmul nodes that read a selection.
+        rewritten: number of matmul nodes that read a selection or are quantised.
         seconds: time of analysis and rewriting, without the compilation behind it.
         fallback: why the rewritten graph could not be compiled and the dense one runs, if so.
         output_error: relative error of the graph's outputs on the first call (``check=True``).
@@ -92,6 +54,7 @@ class GraphReport:
         code_files: where Inductor's generated code lay when it was compiled.
         broken: the graph break that ended the graph, if one did.
         traced: what rebuilds it (:meth:`Report.save_reproducer`), where something was to be sparse.
+        plan: what decided its projections, if a plan did.
     """
 
     phase: str
@@ -104,13 +67,14 @@ class GraphReport:
     code_files: list[str] = field(default_factory=list)
     broken: Break | None = None
     traced: Traced | None = field(default=None, repr=False)
+    plan: Plan | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return the graph's report as plain JSON values."""
         sites = [site.to_json() for site in self.sites]
         stages = [stage.to_json() for stage in self.stages]
         return {
-            **{name: value for name, value in vars(self).items() if name != "traced"},
+            **{name: value for name, value in vars(self).items() if name not in UNWRITTEN},
             "sites": sites,
             "stages": stages,
             "output_error": number(self.output_error),
@@ -148,7 +112,7 @@ class Report:
         for graph in sorted(self.graphs, key=lambda graph: graph.phase == "decode"):
             for site in graph.sites:
                 held = found.setdefault(site.name, site)
-                if site.decision.sparse and not held.decision.sparse:
+                if site.level > held.level:
                     found[site.name] = site
         for site in self.outside:
             found.setdefault(site.name, site)
@@ -168,6 +132,17 @@ class Report:
         """Share of the same multiply-accumulates that meet a dropped zero, 0 to 1."""
         return self._share(lambda site: site.share * (1 - site.decision.density))
 
+    @property
+    def quantized(self) -> float:
+        """Share of the same multiply-accumulates that run in eight bits, 0 to 1."""
+        return self._share(lambda site: site.decision.quantization is not None)
+
+    @property
+    def memory(self) -> Memory:
+        """What the weights of the projections occupy, before and after."""
+        released = {site.name for graph in self.graphs for site in graph.sites if site.released}
+        return Memory.of(self.sites, released)
+
     def _share(self, part: Callable[[Site], float]) -> float:
         counted = [site for site in self.sites if site.role not in ("head", "router")]
         total = sum(site.macs for site in counted)
@@ -179,12 +154,22 @@ class Report:
         return sorted(measured, key=lambda site: level(site.error), reverse=True)[:count]
 
     def plan(self, **made: str) -> Plan:
-        """Return these decisions as a plan that can be saved, compared and used again."""
+        """Return these decisions as a plan that can be saved, compared and used again.
+
+        What another plan had calibrated for a site goes with it.
+        """
         sites = {}
+        plans = list({graph.plan: None for graph in self.graphs if graph.plan})
         for site in self.sites:
-            reason = str(site.decision.reason).removeprefix(BY_PLAN)
-            sites[site.name] = PlannedSite(site.shape, site.decision.settings or reason)
-        return Plan(sites, {"amber": _version(), **made})
+            decision = site.decision
+            choice = decision.settings or str(decision.reason).removeprefix(BY_PLAN)
+            wide = decision.unquantized and decision.unquantized.removeprefix(BY_PLAN)
+            held = next((plan.sites[site.name] for plan in plans if site.name in plan.sites), None)
+            moves = held.moves if held else ()
+            kept = decision.quantization or wide
+            sites[site.name] = PlannedSite(site.shape, choice, kept, moves)
+        tensors = plans[0].tensors if len(plans) == 1 else _merged(plans)
+        return Plan(sites, {"amber": _version(), **made}, tensors=tensors)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -192,6 +177,8 @@ class Report:
             "amber": _version(),
             "coverage": self.coverage,
             "removed": self.removed,
+            "quantized": self.quantized,
+            "memory": self.memory.to_json(),
             "sites": [site.to_json() for site in self.sites],
             "graphs": [graph.to_json() for graph in self.graphs],
             "breaks": [one.to_json() for one in self.breaks],
@@ -241,10 +228,13 @@ class Report:
         if not self.graphs:
             return f"no graph was compiled{self._broken()}"
         sparse = sum(site.decision.sparse for site in self.sites)
+        quantized = sum(site.decision.quantization is not None for site in self.sites)
         phases = Counter(graph.phase for graph in self.graphs)
         line = (
             f"{sparse} of {len(self.sites)} projections sparse, {self.coverage:.1%} of linear MACs "
-            f"covered, {self.removed:.1%} removed; graphs: "
+            f"covered, {self.removed:.1%} removed; "
+            + f"{quantized} quantised, {self.quantized:.1%} of linear MACs; " * (quantized > 0)
+            + "graphs: "
             + ", ".join(f"{count} {phase}" for phase, count in phases.items())
             + self._broken()
         )
@@ -260,7 +250,9 @@ class Report:
 
     def __str__(self) -> str:
         output = f"output error: {self.output}" if self.output else ""
-        title = "\n".join(filter(None, [f"Amber: {self.summary()}", self.explained, output]))
+        memory = self.memory.text(estimated=bool(self.explained))
+        lines = [f"Amber: {self.summary()}", self.explained, memory, output]
+        title = "\n".join(filter(None, lines))
         parts = [title]
         if self.breaks:
             parts.append(break_list(self.breaks))
@@ -291,3 +283,12 @@ def _version() -> str:
         return version("amber-compile")
     except PackageNotFoundError:  # a checkout on sys.path
         return "checkout"
+
+
+def _merged(plans: Sequence[Plan]) -> PlanTensors:
+    """Return the tensors of several plans; of a site in two, those of the first."""
+    found: dict[str, Mapping[str, torch.Tensor]] = {}
+    for plan in plans:
+        for site, own in plan.tensors.to_dict().items():
+            found.setdefault(site, own)
+    return PlanTensors(found)

@@ -1,5 +1,8 @@
 """What the options say of a projection: ``skip``, then the plan, or ``projections``, or the rule.
 
+Whether it is quantised is a question of its own: every projection is, if that was asked for, but
+for the head, the routers and what ``quantize_skip`` names, or as the plan says.
+
 The rule decides where neither a plan nor the user does. A projection's *role* comes from its name
 (``presets/roles.json``), the choice from its role and layer (Amber Pruner, arXiv 2508.02128, layer
 skipping): down_proj always; q_proj and gate_proj except in the layers that the paper lists for a
@@ -20,6 +23,7 @@ from typing import Any
 from .config import AmberConfig
 from .plan import BY_PLAN, Plan
 from .projection import Projection
+from .quantization import Quantization
 from .settings import Settings
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -71,6 +75,16 @@ class Rule:
             return replace(self._settings(name), part="gate")
         return reason or self._settings(name)
 
+    def quantization(self, projection: Projection) -> Quantization | str | None:
+        """Return how ``projection`` is quantised, or why not; None if that was not asked for."""
+        chosen = self.config.quantization
+        if chosen is None:
+            return None
+        role = role_of(projection.name)
+        if role in _roles()["16 bit"]:
+            return f"rule: {_roles()['16 bit'][role]}"
+        return _skipped(projection.name, self.config.quantize_skip) or chosen
+
     def _settings(self, name: str) -> Settings:
         settings = self.config.settings
         if "experts" in name.split(".") and settings.score == "robust_norm":
@@ -97,6 +111,7 @@ class Planned:
 
     plan: Plan
     skip: Iterable[str]
+    quantize_skip: Iterable[str] = ()
 
     def choose(self, projection: Projection) -> Settings | str:
         """Return how ``projection`` is sparsified, or why it stays dense."""
@@ -105,6 +120,20 @@ class Planned:
             return f"skip={skipped!r}"
         choice = self.plan.sites[projection.name].choice
         return f"{BY_PLAN}{choice}" if isinstance(choice, str) else choice
+
+    def quantization(self, projection: Projection) -> Quantization | str | None:
+        """Return how the plan quantises ``projection``, or why not; None if it says nothing."""
+        chosen = self.plan.sites[projection.name].quantization
+        if chosen is None:
+            return None
+        if isinstance(chosen, str):
+            return f"{BY_PLAN}{chosen}"
+        return _skipped(projection.name, self.quantize_skip) or chosen
+
+
+def _skipped(name: str, patterns: Iterable[str]) -> str | None:
+    pattern = first_match(name, patterns)
+    return None if pattern is None else f"quantize_skip={pattern!r}"
 
 
 def first_match(name: str, patterns: Iterable[str]) -> str | None:

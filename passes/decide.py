@@ -15,6 +15,7 @@ from torch.fx import Node
 import amber_compile.kernels  # noqa: F401  # registers torch.ops.amber
 from amber_compile.decision import Decision, blocked, dense, sparse
 from amber_compile.passes.classify_phase import RESHAPES, Phase, reshapes_of
+from amber_compile.passes.correct_outputs import why_not_corrected
 from amber_compile.projection import Projection, fake
 from amber_compile.settings import Settings
 
@@ -70,7 +71,7 @@ def why_not(projection: Projection, settings: Settings) -> str | None:
         return "its weight is a meta tensor and holds no values"
     if weight.device.type not in DEVICES:
         return f"no kernel for device {weight.device.type!r}; valid: {', '.join(DEVICES)}"
-    if _is_subclass(weight):
+    if is_subclass(weight):
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
     if weight.dtype not in DTYPES or x.dtype not in DTYPES:
         return f"dtype {x.dtype} x {weight.dtype}; valid: {', '.join(map(str, DTYPES))}"
@@ -80,6 +81,8 @@ def why_not(projection: Projection, settings: Settings) -> str | None:
         return "its input is also what the product is added to"
     if settings.part == "gate" and projection.gate_rows is None:
         return "part='gate' is planned, but the graph does not show a gate and an up half"
+    if reason := why_not_corrected(projection, settings):
+        return reason
     if settings.dense_prefix and not _shows_sequence(projection):
         return "dense_prefix needs the sequence dimension, which its input does not show"
     return None
@@ -97,6 +100,6 @@ def _shows_sequence(projection: Projection) -> bool:
     return fake(reshapes_of(projection.x)[0]).dim() == 3 and len(projection.shape) == 2
 
 
-def _is_subclass(weight: torch.Tensor) -> bool:
+def is_subclass(weight: torch.Tensor) -> bool:
     """Whether a weight consists of other tensors: quantised, or a DTensor."""
     return torch.utils._python_dispatch.is_traceable_wrapper_subclass(weight)

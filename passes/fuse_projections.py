@@ -3,6 +3,13 @@
     s = nm_select(x, factor, 2, 4, …);  y = linear(s, w, b)
                                         ->   y = nm_linear(x, w, b, factor, 2, 4, …)
 
+    y = (linear(s, w, b) * alpha + beta).to(y.dtype)
+                                        ->   y = nm_linear(x, w, b, factor, 2, 4, …, alpha, beta)
+
+    codes, scale = quantize_rows(s, smooth, dtype)
+    y = quantized_linear(codes, scale, w8, w_scale, b, y.dtype)
+                                        ->   y = nm_quantized_linear(x, factor, smooth, w8, …)
+
 Two projections that share a selection become two such nodes: each compresses what it reads. Left
 as they are, with the reason in the report: projections on a CPU, spelled otherwise than ``linear``,
 of a pattern, type or size that no sparse instruction takes, or on a device without one. They
@@ -11,6 +18,7 @@ multiply the masked activation, which costs what a dense product does.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +28,7 @@ from torch.fx import GraphModule, Node
 from amber_compile.graph import insert_call
 from amber_compile.kernels.nm_linear import why_masked
 from amber_compile.passes.find_projections import LINEARS
-from amber_compile.projection import Projection, fake
+from amber_compile.projection import Projection, fake, value_of
 from amber_compile.settings import Settings
 
 WhySeparate = Callable[[Projection, Settings], str | None]
@@ -28,7 +36,11 @@ WhySeparate = Callable[[Projection, Settings], str | None]
 
 def why_separate(projection: Projection, settings: Settings) -> str | None:
     """Return why a projection's selection and product stay two nodes, or None if they fuse."""
-    node = projection.node
+    node, how = projection.node, (settings.pattern.n, settings.pattern.m, settings.correction)
+    if node.target is torch.ops.amber.quantized_linear.default:
+        if settings.dense_prefix and fake(projection.x).dim() < 3:
+            return "dense_prefix of a flattened input"
+        return why_masked(fake(projection.x), fake(_operand(node, 2)), *how)
     if node.target not in LINEARS:
         return f"{projection.operator} has no sparse kernel"
     x, y = fake(projection.x), fake(node)
@@ -39,7 +51,7 @@ def why_separate(projection: Projection, settings: Settings) -> str | None:
         weight = weight[: projection.gate_rows]
     if settings.dense_prefix and x.dim() < 3:
         return "dense_prefix of a flattened input"
-    return why_masked(x, weight, settings.pattern.n, settings.pattern.m, settings.correction)
+    return why_masked(x, weight, *how)
 
 
 def fuse_projections(
@@ -68,17 +80,67 @@ def fuse_projections(
 
 
 def _fuse(gm: GraphModule, node: Node, selected: Node) -> None:
-    x, *rest = selected.args
-    operands = _operands(node)
-    product = insert_call(
-        *(gm.graph, node, torch.ops.amber.nm_linear.default),
-        *(x, operands["weight"], operands.get("bias")),
-        *rest[:6],  # factor, n, m, correction, dense_prefix, min_tokens
-    )
-    node.replace_all_uses_with(product)
+    """Put the fused operator in the place of ``node``, and of what corrects its outputs."""
+    x, factor, n, m, *rest = selected.args  # correction, dense_prefix, min_tokens, offsets
+    if node.target is torch.ops.amber.quantized_linear.default:
+        _, _, weight, scale, bias, out = node.args
+        _, smooth, dtype = _operand(_operand(node, 0), 0).args
+        product = insert_call(
+            *(gm.graph, node, torch.ops.amber.nm_quantized_linear.default),
+            *(x, factor, smooth, weight, scale, bias, n, m, dtype, *rest[:3], out),
+        )
+        end = node
+    else:
+        operands, (end, alpha, beta) = _operands(node), _corrected(node)
+        product = insert_call(
+            *(gm.graph, end, torch.ops.amber.nm_linear.default),
+            *(x, operands["weight"], operands.get("bias"), factor, n, m, *rest[:3]),
+            *((alpha, beta) if end is not node else ()),
+        )
+    end.replace_all_uses_with(product)
+    _erase_unread(gm, end)
+
+
+def _corrected(node: Node) -> tuple[Node, Node | None, Node | None]:
+    """Return where the outputs of ``node`` are corrected, by what scale and what bias."""
+    found: dict[Any, Node | None] = {operator.mul: None, operator.add: None}
+    step = node
+    while len(step.users) == 1:
+        (user,) = step.users
+        if user.target == "to" and user.args[1:] == (fake(node).dtype,):
+            return user, found[operator.mul], found[operator.add]
+        vector = user.args[1] if user.target in found and user.args[0] is step else None
+        if not isinstance(vector, Node) or not _is_vector(vector) or found[operator.add]:
+            break
+        if found[user.target] is not None:
+            break
+        found[user.target] = vector
+        step = user
+    return node, None, None
+
+
+def _is_vector(node: Node) -> bool:
+    """Whether ``node`` is one number an output in fp32, given to the graph."""
+    value = value_of(node)
+    known = node.op == "placeholder" and isinstance(value, torch.Tensor)
+    return known and value.dim() == 1 and value.dtype == torch.float32
+
+
+def _erase_unread(gm: GraphModule, node: Node) -> None:
+    """Erase ``node`` and what only it reads, as far as the selection."""
+    if node.users or node.op in ("placeholder", "get_attr"):
+        return
+    sources = node.all_input_nodes
     gm.graph.erase_node(node)
-    if not selected.users:
-        gm.graph.erase_node(selected)
+    if node.target is not torch.ops.amber.nm_select.default:
+        for source in sources:
+            _erase_unread(gm, source)
+
+
+def _operand(node: Node, at: int) -> Node:
+    operand = node.args[at]
+    assert isinstance(operand, Node)
+    return operand
 
 
 def _operands(node: Node) -> dict[str, Any]:

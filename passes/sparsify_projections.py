@@ -8,9 +8,13 @@
     x = h.view(-1, K); y = linear(x, w)       under ``dense_prefix``, h [B, S, K]
                                  ->  s = nm_select(x.view_as(h), ...).view_as(x);  y = linear(s, w)
 
-``factor`` (one number per channel, from the weight) becomes a further graph input: the caller
-computes it once per weight and passes it on each call. Left alone: projections whose decision is
-dense. A selection is not shared if anything writes to ``x`` in place, directly or through a view.
+    y = linear(x, w)    under ``updated_weight``, ``output_scale`` and ``output_bias``
+                                 ->  y = (linear(s, w*) * alpha + beta).to(y.dtype)
+
+``factor`` (one number per channel) becomes a further graph input, as do the plan's ``w*``,
+``alpha`` and ``beta``: the caller has them once per weight and passes them on each call. Left
+alone: projections whose decision is dense. A selection is not shared if anything writes to ``x`` in
+place, directly or through a view.
 """
 
 from __future__ import annotations
@@ -25,82 +29,99 @@ from torch.fx import GraphModule, Node
 
 import amber_compile.kernels  # noqa: F401  # registers torch.ops.amber
 from amber_compile.decision import Decision
-from amber_compile.derived import Key
-from amber_compile.graph import add_input, insert_call, storage_of, written_storages
+from amber_compile.derivations import Calibrated, Derivation, Matrix, ScoreFactor
+from amber_compile.graph import insert_call, storage_of, written_storages
 from amber_compile.passes.classify_phase import reshapes_of
+from amber_compile.passes.correct_outputs import correct_outputs
+from amber_compile.passes.derived_inputs import DerivedInputs
 from amber_compile.passes.fused_gate import halves_of
-from amber_compile.projection import Projection, fake, fake_mode_of
-from amber_compile.settings import Settings
+from amber_compile.passes.quantize_projections import takes_epilogue
+from amber_compile.plan_tensors import PlanTensors
+from amber_compile.projection import Projection, fake
+from amber_compile.settings import CALIBRATED, Settings
 
 Decided = Sequence[tuple[Projection, Decision]]
 
 
-@dataclass(frozen=True, slots=True)
-class FactorInput:
-    """A graph input that holds a score factor of ``weight``, fp32 ``[K]`` or ``[E, K]``."""
-
-    weight: Node
-    key: Key
-
-
 @dataclass
 class Sparsified:
-    """What the pass did: each site with the selection it reads, and the inputs it appended."""
+    """What the pass did.
 
+    Attributes:
+        inputs: those it appended, among others.
+        sites: each site with the selection it reads.
+        halves: of each fused projection that was split: the gate, and the up half.
+    """
+
+    inputs: DerivedInputs
     sites: list[tuple[Projection, Node]] = field(default_factory=list)
-    factors: list[FactorInput] = field(default_factory=list)
+    halves: dict[Node, tuple[Node, Node]] = field(default_factory=dict)
 
 
 def sparsify_projections(
-    gm: GraphModule, decided: Decided, min_rows: Sequence[int] | None = None
+    gm: GraphModule,
+    decided: Decided,
+    min_rows: Sequence[int] | None = None,
+    inputs: DerivedInputs | None = None,
+    tensors: PlanTensors | None = None,
 ) -> Sparsified:
     """Put an N:M selection in front of each projection decided sparse.
 
-    ``min_rows[i]`` is how many rows the input of site ``i`` must have to be selected from; it is
-    compared inside the operator, at run time, so that a symbolic count stays free of guards.
+    Args:
+        gm: the graph to change.
+        decided: its projections, each with what becomes of it.
+        min_rows: how many rows the input of each must have to be selected from; it is compared
+            inside the operator, at run time, so that a symbolic count stays free of guards.
+        inputs: where the further inputs of the graph are kept.
+        tensors: of the plan.
     """
-    done = Sparsified()
-    factors: dict[FactorInput, Node] = {}
+    done = Sparsified(inputs or DerivedInputs(gm))
     selections: dict[object, Node] = {}
     written = written_storages(gm.graph)
     for (projection, decision), rows in zip(decided, min_rows or [0] * len(decided), strict=True):
         if decision.settings is None:
             continue
         settings = decision.settings
-        factor = _factor_input(gm, projection, settings, factors)
+        factor = _factor_input(projection, settings, done.inputs, tensors)
         offsets = _offsets(projection) if factor is not None else None
-        key = (projection.x, factor, replace(settings, part=None), rows, offsets)
+        how = settings.pattern, settings.correction, settings.dense_prefix
+        key = (projection.x, factor, how, rows, offsets)
         if key not in selections or storage_of(fake(projection.x)) in written:
             selections[key] = _select(gm, projection, settings, factor, rows, offsets)
         if settings.part == "gate":
-            projection = _split_gate(gm, projection)
+            halves = _split_gate(gm, projection)
+            done.halves[projection.node] = halves
+            projection = replace(projection, node=halves[0])
         projection.node.replace_input_with(projection.x, selections[key])
+        correct_outputs(
+            *(gm, projection, settings, done.inputs, tensors),
+            weight=decision.quantization is None,
+            epilogue=not takes_epilogue(decision, projection.node),
+        )
         done.sites.append((projection, selections[key]))
-    done.factors = list(factors)
     gm.recompile()
     return done
 
 
-def factor_key(projection: Projection, settings: Settings) -> Key:
-    """Return what identifies the factor of a projection among those of its weight."""
+def factor_of(
+    projection: Projection, settings: Settings, tensors: PlanTensors | None
+) -> Derivation | None:
+    """Return what a site's factor follows from; ``magnitude`` has none."""
+    if settings.score == "magnitude":
+        return None
+    if settings.score == CALIBRATED:
+        shape = (*projection.shape[:-2], projection.channels)
+        return Calibrated(projection.name, "factor", tensors or PlanTensors(), shape)
     rows = projection.gate_rows if settings.part == "gate" else None
-    return settings.score, projection.transposed, rows
+    return ScoreFactor(settings.score, Matrix(projection.transposed, 0, rows))
 
 
 def _factor_input(
-    gm: GraphModule, projection: Projection, settings: Settings, known: dict[FactorInput, Node]
+    projection: Projection, settings: Settings, inputs: DerivedInputs, tensors: PlanTensors | None
 ) -> Node | None:
-    """Return the placeholder of the projection's factor; ``magnitude`` needs none."""
-    if settings.score == "magnitude":
-        return None
-    request = FactorInput(projection.weight, factor_key(projection, settings))
-    if request not in known:
-        weight = fake(projection.weight)
-        size = (*projection.shape[:-2], projection.channels)
-        with fake_mode_of(weight):
-            value = torch.empty(size, dtype=torch.float32, device=weight.device)
-        known[request] = add_input(gm.graph, f"amber_{settings.score}_{len(known)}", value)
-    return known[request]
+    """Return the placeholder of the projection's factor."""
+    request = factor_of(projection, settings, tensors)
+    return inputs.node(projection.weight, request, settings.score) if request else None
 
 
 def _select(
@@ -130,8 +151,8 @@ def _select(
     return selected if origin is x else insert_call(graph, site, "view_as", selected, x)
 
 
-def _split_gate(gm: GraphModule, projection: Projection) -> Projection:
-    """Replace a fused gate and up projection by two on views of its weight; return the gate."""
+def _split_gate(gm: GraphModule, projection: Projection) -> tuple[Node, Node]:
+    """Replace a fused gate and up projection by two on views of its weight; return both."""
     node, rows = projection.node, projection.gate_rows
     halves = halves_of(node)
     assert halves is not None, "decide() lets only visible halves pass"
@@ -142,7 +163,7 @@ def _split_gate(gm: GraphModule, projection: Projection) -> Projection:
         gm.graph.erase_node(half)
     for chunk in [*node.users, node]:
         gm.graph.erase_node(chunk)
-    return replace(projection, node=parts[0])
+    return parts[0], parts[1]
 
 
 def _part(gm: GraphModule, projection: Projection, rows: slice) -> Node:

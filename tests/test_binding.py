@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from amber_compile import derived, last_reports, refresh
 from amber_compile.binding import Binding, Derived, Variant
+from amber_compile.derivations import ScoreFactor
 
 OPTIONS = {"correction": None}
 X = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
@@ -196,7 +197,7 @@ def test_eight_threads_may_call_first_at_once_and_with_mixed_lengths() -> None:
 
 
 def test_threads_that_bind_at_once_share_one_factor() -> None:
-    variant = Variant(lambda weight, factor: factor, (Derived(0, ("weight_norm", False, None)),))
+    variant = Variant(lambda weight, factor: factor, (Derived(0, ScoreFactor("weight_norm")),))
     binding = Binding([0], lambda weights: variant, dense=lambda weight: None)
     weight = torch.randn(64, 64)
     results: list[Tensor] = []
@@ -208,7 +209,7 @@ def test_threads_that_bind_at_once_share_one_factor() -> None:
 
 
 def test_nothing_keeps_a_deleted_model_alive() -> None:
-    others = len(derived._factors)  # of models that pytest's log of an earlier test still holds
+    others = len(derived._derived)  # of models that pytest's log of an earlier test still holds
     stack = Stack()
     run = compiled(stack, check=True)
     run(X)
@@ -217,12 +218,12 @@ def test_nothing_keeps_a_deleted_model_alive() -> None:
     del stack, run
     gc.collect()
     assert [weight() for weight in weights] == [None] * len(weights)
-    assert len(derived._factors) <= others
+    assert len(derived._derived) <= others
     assert reports[0].coverage > 0
 
 
 def test_a_binding_forgets_weights_that_are_gone() -> None:
-    variant = Variant(lambda weight, factor: factor, (Derived(0, ("weight_norm", False, None)),))
+    variant = Variant(lambda weight, factor: factor, (Derived(0, ScoreFactor("weight_norm")),))
     binding = Binding([0], lambda weights: variant, dense=lambda weight: None)
     weight = torch.randn(64, 64)
     binding(weight)
@@ -233,7 +234,7 @@ def test_a_binding_forgets_weights_that_are_gone() -> None:
 
 
 def test_weights_do_not_keep_a_dropped_binding_alive() -> None:
-    variant = Variant(lambda weight, factor: factor, (Derived(0, ("weight_norm", False, None)),))
+    variant = Variant(lambda weight, factor: factor, (Derived(0, ScoreFactor("weight_norm")),))
     binding = Binding([0], lambda weights: variant, dense=lambda weight: None)
     weight = torch.randn(64, 64)
     binding(weight)
@@ -243,7 +244,7 @@ def test_weights_do_not_keep_a_dropped_binding_alive() -> None:
 
 
 def test_one_layer_replaced_many_times_leaves_one_entry() -> None:
-    variant = Variant(lambda a, b, factor: factor, (Derived(1, ("weight_norm", False, None)),))
+    variant = Variant(lambda a, b, factor: factor, (Derived(1, ScoreFactor("weight_norm")),))
     binding = Binding([0, 1], lambda weights: variant, dense=lambda a, b: None)
     constant = torch.randn(64, 64)
     for _ in range(5):

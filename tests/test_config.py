@@ -15,6 +15,7 @@ from amber_compile import AmberConfig, Pattern, Plan, Settings
 from amber_compile.config import MODES, PRESETS
 from amber_compile.errors import OptionError, PlanError
 from amber_compile.plan import PlannedSite
+from amber_compile.quantization import Quantization
 from amber_compile.scores import SCORES
 
 PLAN = Plan({"q_proj": PlannedSite((8, 16), Settings())})
@@ -38,6 +39,10 @@ GOOD: dict[str, list[tuple[object, object]]] = {
         ([], ()),
     ],
     "skip": [("*.q_proj", ("*.q_proj",)), (["a", "b"], ("a", "b")), ((), ())],
+    "quantize": [(value, value) for value in (None, "int8", "fp8")],
+    "quantize_skip": [("*.o_proj", ("*.o_proj",)), ((), ())],
+    "decode": [(None, None)],
+    "fold_smooth": [(True, True), (False, False)],
     "plan": [(None, None), (PLAN, PLAN)],
     "min_tokens": [(1, 1), (512, 512), (np.int64(64), 64)],
     "dense_prefix": [(None, None), (0, 0), (4, 4), (np.int32(2), 2)],
@@ -73,6 +78,16 @@ BAD: dict[str, list[tuple[object, str]]] = {
         ([b"*.q_proj"], "must hold fnmatch patterns"),
     ],
     "skip": [(None, "skip=None must be a list of fnmatch patterns"), ([""], "skip=[''] must hold")],
+    "quantize": [
+        ("int4", "unknown quantize 'int4'; did you mean 'int8'? valid: None, fp8, int8"),
+        (8, "unknown quantize 8; valid: None, fp8, int8"),
+    ],
+    "quantize_skip": [(None, "quantize_skip=None must be a list of fnmatch patterns")],
+    "fold_smooth": [(1, "fold_smooth=1 must be True or False")],
+    "decode": [
+        ("int8", "decode='int8' shares the weights of prefill, which are quantised to None"),
+        ("16bit", "unknown decode '16bit'; valid: None, fp8, int8"),
+    ],
     "plan": [
         (3, "plan=3 must be a Plan or the path of a plan file"),
         ({}, "plan={} must be a Plan or the path of a plan file"),
@@ -133,7 +148,29 @@ def test_the_modes_are_inductors(inductor):
     assert set(MODES) <= set(torch._inductor.list_mode_options())
 
 
+def test_decode_needs_the_same_format():
+    assert AmberConfig(quantize="int8", decode="int8").decode == "int8"
+    with pytest.raises(OptionError, match="quantised to fp8; valid: None, or quantize='int8'"):
+        AmberConfig(quantize="fp8", decode="int8")
+    with pytest.raises(OptionError, match="check=True needs the weights that decode= releases"):
+        AmberConfig(quantize="int8", decode="int8", check=True)
+
+
+def test_a_plan_tells_the_format_that_decode_shares():
+    quantized = Plan({"a": PlannedSite((8, 16), "why", Quantization("int8"))})
+    assert AmberConfig(plan=quantized, decode="int8").decode == "int8"
+    with pytest.raises(OptionError, match="quantised to int8; valid: None, or quantize='fp8'"):
+        AmberConfig(plan=quantized, decode="fp8")
+    with pytest.raises(OptionError, match="quantize='int8' contradicts plan="):
+        AmberConfig(plan=quantized, quantize="int8")
+
+
 # ---- what the options come to ----
+
+
+def test_quantize_names_a_quantization():
+    assert AmberConfig().quantization is None
+    assert AmberConfig(quantize="fp8").quantization == Quantization("fp8")
 
 
 def test_the_presets():

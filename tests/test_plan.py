@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from amber_compile import AmberConfig, Plan, Report, Settings, last_reports, plan
+from amber_compile import AmberConfig, Plan, Report, Settings, last_reports, plan, plan_file
 from amber_compile.errors import PlanError
 from amber_compile.plan import PlannedSite
 
@@ -117,7 +117,7 @@ def interrupt(*_):
 def test_a_failed_write_leaves_the_old_plan(path, monkeypatch, step, failure):
     SMALL.save(path)
     with monkeypatch.context() as patch:
-        patch.setattr(plan.os, step, failure)
+        patch.setattr(plan_file.os, step, failure)
         with pytest.raises((OSError, KeyboardInterrupt)):
             LARGE.save(path)
     assert Plan.load(path) == SMALL
@@ -128,7 +128,7 @@ def test_a_failed_write_leaves_the_old_plan(path, monkeypatch, step, failure):
 def test_a_full_disk_leaves_the_old_plan(path, monkeypatch):
     SMALL.save(path)
     full = open("/dev/full", "w")  # noqa: SIM115  # save() closes it
-    monkeypatch.setattr(plan, "open", lambda *_, **options: full, raising=False)
+    monkeypatch.setattr(plan_file, "open", lambda *_, **options: full, raising=False)
     with pytest.raises(OSError, match="No space left"):
         LARGE.save(path)
     assert Plan.load(path) == SMALL
@@ -245,10 +245,10 @@ def test_json_that_is_no_plan(path, data):
     assert load_error(path).endswith("is not an Amber plan: it has no 'format': 'amber-plan'")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_another_version(path, version):
     path.write_text(json.dumps(SMALL.to_json() | {"version": version}))
-    assert load_error(path).endswith(f"has version {version!r}; this Amber reads 1")
+    assert load_error(path).endswith(f"has version {version!r}; this Amber reads 1 and 2")
 
 
 @pytest.mark.parametrize(

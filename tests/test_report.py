@@ -9,6 +9,9 @@ from torch import nn
 
 from amber_compile import Report, Settings, last_reports
 from amber_compile.decision import Decision, blocked, dense, sparse
+from amber_compile.memory import Memory, readable
+from amber_compile.plan import BY_PLAN
+from amber_compile.quantization import Quantization
 from amber_compile.report import KEPT, GraphReport, Site, clear_reports, record
 from amber_compile.table import site_table
 
@@ -150,6 +153,88 @@ def test_str_is_the_summary_and_the_table(monkeypatch):
     assert str(Report()) == "Amber: no graph was compiled"
 
 
+# ---- quantised ----
+
+INT8 = Quantization("int8")
+BOTH = Decision(settings=PLAIN, quantization=INT8)
+QUANTIZED = Decision(reason="rule", quantization=INT8)
+KEPT_WIDE = Decision(reason="rule: heads stay dense", unquantized="rule: heads stay in 16 bit")
+BYTES = {"weight_bytes": 256, "code_bytes": 160}
+
+
+def test_what_is_quantised_is_counted_with_or_without_sparsity():
+    one = report(
+        site("q", BOTH, macs=300, **BYTES),
+        site("k", QUANTIZED, macs=100, **BYTES),
+        site("v", dense("rule"), macs=100, weight_bytes=256),
+        site("lm_head", KEPT_WIDE, macs=1e6, role="head", weight_bytes=256),
+    )
+    assert (one.coverage, one.quantized) == (0.6, 0.8)
+    assert "; 2 quantised, 80.0% of linear MACs; graphs: 1 prefill" in one.summary()
+    assert one.memory == Memory(4 * 256, 2 * 160, 0)
+    assert (one.memory.before, one.memory.after) == (1024, 1344)
+    assert one.memory.text() == (
+        "weights of the projections: 1.02 kB before, 1.34 kB after (320 B in 8 bits)"
+    )
+    assert one.memory.text() in str(one)
+
+
+def test_nothing_is_said_of_quantisation_where_nothing_is_quantised():
+    one = report(site("q", weight_bytes=256), site("lm_head", KEPT_WIDE, role="head"))
+    assert one.quantized == 0
+    assert "quantised" not in one.summary()
+    assert one.memory.text() == ""
+
+
+def test_a_weight_that_some_graph_released_counts_no_more():
+    prefill = GraphReport("prefill", [site("q", BOTH, **BYTES), site("k", QUANTIZED, **BYTES)])
+    decode = GraphReport("decode", [site("q", QUANTIZED, released=True, **BYTES)])
+    one = Report([prefill, decode])
+    assert one.memory == Memory(512, 320, 256)
+    assert one.memory.after == 512 - 256 + 320
+    assert "256 B released" in str(one)
+    assert "estimated: 512 B before" in str(replace(one, explained="explained for cuda"))
+    assert one.to_json()["memory"] == {"before": 512, "after": 576, "codes": 320, "released": 256}
+
+
+def test_a_site_stands_for_the_graph_that_did_most_to_it():
+    graphs = [
+        GraphReport("prefill", [site("q", dense("few tokens"))]),
+        GraphReport("prefill", [site("q", QUANTIZED)]),
+        GraphReport("prefill", [site("q", BOTH)]),
+        GraphReport("decode", [site("q", QUANTIZED)]),
+    ]
+    for order in (graphs, graphs[::-1]):
+        assert [one.decision for one in Report(order).sites] == [BOTH]
+    assert [one.decision for one in Report(graphs[:2]).sites] == [QUANTIZED]
+    again = site("q", QUANTIZED).called_again(site("q", dense("rule")))
+    assert again.decision == QUANTIZED
+
+
+def test_a_plan_of_a_report_has_its_formats():
+    one = report(site("q", BOTH), site("k", QUANTIZED), site("lm_head", KEPT_WIDE, role="head"))
+    made = one.plan().sites
+    assert [made[name].quantization for name in ("q", "k")] == [INT8, INT8]
+    assert made["lm_head"].quantization == "rule: heads stay in 16 bit"
+    assert made["k"].choice == "rule"
+    kept = replace(KEPT_WIDE, unquantized=f"{BY_PLAN}too sensitive")
+    assert report(site("q", kept)).plan().sites["q"].quantization == "too sensitive"
+
+
+def test_formats_in_json():
+    data = report(site("q", BOTH), site("lm_head", KEPT_WIDE)).to_json()["sites"]
+    assert (data[0]["quantized"], data[0]["unquantized"]) == ({"dtype": "int8"}, None)
+    assert (data[1]["quantized"], data[1]["unquantized"]) == (None, "rule: heads stay in 16 bit")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"), (16_060_000_000, "16.1 GB")],
+)
+def test_a_readable_size(size, text):
+    assert readable(size) == text
+
+
 # ---- JSON ----
 
 
@@ -157,13 +242,14 @@ def test_json_is_complete_and_plain():
     graph = GraphReport("prefill", [site("q"), site("k", blocked("no"))], 1, 0.5, None, 0.25)
     data = json.loads(json.dumps(Report([graph]).to_json(), allow_nan=False))
     known = {"amber", "coverage", "removed", "sites", "graphs", "breaks", "explained", "output"}
-    assert data.keys() == known
-    own = {option.name for option in fields(GraphReport)} - {"traced"}  # a graph is no JSON
+    assert data.keys() == known | {"quantized", "memory"}
+    own = {option.name for option in fields(GraphReport)} - {"traced", "plan"}  # no JSON
     assert data["graphs"][0].keys() == own
     (first, second) = data["graphs"][0]["sites"]
     assert data["sites"] == [first, second]
     own = {option.name for option in fields(Site)} - {"decision"}
-    assert first.keys() == own | {"sparse", "dense", "obstacle"}
+    numbers = {"quantized", "unquantized", "unquantized_obstacle"}
+    assert first.keys() == own | {"sparse", "dense", "obstacle"} | numbers
     assert (first["sparse"], first["dense"]) == (PLAIN.to_json(), None)
     assert (second["sparse"], second["dense"], second["obstacle"]) == (None, "no", True)
     assert first["shape"] == [8, 16]

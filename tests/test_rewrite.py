@@ -8,7 +8,8 @@ from torch.nn.functional import linear, silu
 
 from amber_compile import AmberConfig, rewrite
 from amber_compile.analysis import Analysis
-from amber_compile.derived import score_factor
+from amber_compile.derivations import Matrix, ScoreFactor
+from amber_compile.derived import derive
 from amber_compile.errors import VerifyError
 from amber_compile.kernels import nm_select
 from amber_compile.rewrite import Rewritten
@@ -49,7 +50,7 @@ def rewritten(analysis: Analysis) -> Rewritten:
 def run(analysis: Analysis, result: Rewritten, *inputs: torch.Tensor) -> torch.Tensor:
     """Call the copy as the binding does: with the factors of the weights appended."""
     given = list(analysis.inputs)
-    factors = [score_factor(given[one.position], *one.key) for one in result.derived]
+    factors = [derive(given[one.position], one.request) for one in result.derived]
     return result.gm(*given, *factors)[0]
 
 
@@ -62,7 +63,7 @@ def test_it_computes_what_the_settings_say():
     result = rewritten(analysis)
 
     def select(x, weight):
-        return nm_select(x, score_factor(weight, "weight_norm"), 2, 4)
+        return nm_select(x, derive(weight, ScoreFactor("weight_norm")), 2, 4)
 
     with torch.no_grad():
         q, gate_up = block.q_proj, block.gate_up_proj
@@ -114,7 +115,7 @@ def test_fewer_tokens_than_asked_for_are_dense_at_run_time():
     result = rewritten(analysis)
     with torch.no_grad():
         assert torch.equal(run(analysis, result), block(few))
-        factors = [score_factor(analysis.inputs[one.position], *one.key) for one in result.derived]
+        factors = [derive(analysis.inputs[one.position], one.request) for one in result.derived]
         given = [many if value is few else value for value in analysis.inputs]
         given = [16 if isinstance(value, torch.SymInt) else value for value in given]
         assert not torch.equal(result.gm(*given, *factors)[0], block(many))
@@ -134,10 +135,10 @@ def test_the_derived_inputs_follow_the_graphs_own():
     assert len(appended) == len(result.derived) == len(result.values) == 3
     weights = [tuple(analysis.inputs[one.position].shape) for one in result.derived]
     assert weights == [(16, 16), (64, 16), (16, 32)]
-    assert [one.key for one in result.derived] == [
-        ("weight_norm", False, None),
-        ("weight_norm", False, 32),
-        ("weight_norm", False, None),
+    assert [one.request for one in result.derived] == [
+        ScoreFactor("weight_norm"),
+        ScoreFactor("weight_norm", Matrix(stop=32)),
+        ScoreFactor("weight_norm"),
     ]
 
 
@@ -186,7 +187,7 @@ def test_dense_decisions_leave_the_copy_as_it_was():
 def again(analysis: Analysis, result: Rewritten, **options: object) -> Analysis:
     """Analyse a rewritten graph, with its factors among its inputs."""
     given = list(analysis.inputs)
-    factors = [score_factor(given[one.position], *one.key) for one in result.derived]
+    factors = [derive(given[one.position], one.request) for one in result.derived]
     return Analysis.of(result.gm, [*given, *factors], AmberConfig(**options))
 
 
@@ -222,8 +223,8 @@ def test_what_was_left_dense_can_be_rewritten_later():
 def test_a_broken_rewrite_is_noticed(monkeypatch):
     sparsify = rewrite.sparsify_projections
 
-    def careless(gm, decided, min_rows):
-        done = sparsify(gm, decided, min_rows)
+    def careless(gm, decided, *rest):
+        done = sparsify(gm, decided, *rest)
         (query, _), (_, _), (down, _) = done.sites
         query.node.replace_input_with(query.weight, down.weight)
         return done

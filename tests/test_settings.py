@@ -10,13 +10,17 @@ from amber_compile import Pattern, Settings
 from amber_compile.errors import OptionError
 from amber_compile.kernels.arguments import CORRECTIONS as OPERATOR_CORRECTIONS
 from amber_compile.scores import SCORES as COMPUTED_SCORES
-from amber_compile.settings import CORRECTIONS, SCORES
+from amber_compile.settings import CORRECTIONS, FLAGS, SCORES
 
 EXAMPLES = [
     (Settings(), "2:4, weight_norm"),
     (Settings("8:16", "magnitude"), "8:16, magnitude"),
     (Settings(correction="norm"), "2:4, weight_norm, norm correction"),
     (Settings(dense_prefix=4, part="gate"), "2:4, weight_norm, dense prefix 4, gate half only"),
+    (
+        Settings(score="calibrated", output_scale=True, output_bias=True, updated_weight=True),
+        "2:4, calibrated, output scale, output bias, updated weight",
+    ),
     (
         Settings(Pattern(1, 4), "robust_norm", "variance", 1, "gate"),
         "1:4, robust_norm, variance correction, dense prefix 1, gate half only",
@@ -34,7 +38,8 @@ def test_text(settings, text):
 def test_json_and_back(settings):
     data = json.loads(json.dumps(settings.to_json()))
     assert Settings.from_json(data) == settings
-    assert set(data) == {"pattern", "score", "correction", "dense_prefix", "part"}
+    flags = {name for name in FLAGS if getattr(settings, name)}
+    assert set(data) == {"pattern", "score", "correction", "dense_prefix", "part", *flags}
     assert data["pattern"] == str(settings.pattern)
 
 
@@ -55,6 +60,8 @@ def test_json_that_leaves_something_out_means_the_default():
         ({"dense_prefix": -1}, "dense_prefix=-1 must be a whole number >= 0"),
         ({"dense_prefix": 1.5}, "dense_prefix=1.5 must be a whole number >= 0"),
         ({"dense_prefix": True}, "dense_prefix=True must be a whole number >= 0"),
+        ({"output_scale": 1}, "output_scale=1 must be True or False"),
+        ({"permuted": None}, "permuted=None must be True or False"),
         ({"part": "up"}, "unknown part 'up'; valid: None, gate"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 
 from amber_compile import Settings
 from amber_compile.decision import Decision, blocked, dense, sparse
+from amber_compile.quantization import Quantization
 from amber_compile.report import Site
 from amber_compile.table import LONGEST, site_table
 
@@ -38,6 +39,34 @@ def test_the_table(monkeypatch):
         "",
         f"[1] {LONG}",
     ]
+
+
+def test_a_column_of_formats_where_somebody_asked(monkeypatch):
+    smooth = Quantization("int8", "smoothquant")
+    head = Decision(reason="rule: heads stay dense", unquantized="rule: heads stay in 16 bit")
+    sites = [
+        site("layers.0.q_proj", Decision(settings=PLAIN, quantization=Quantization("int8"))),
+        site(
+            "layers.0.k_proj",
+            Decision(reason="rule: k_proj stays dense", quantization=smooth),
+            kernel="quantize_rows, AMX",
+            smoothing="in the quantise kernel",
+        ),
+        site("lm_head", head, weight_bytes=2 * 8 * 16),
+    ]
+    lines = table(120, monkeypatch, *sites)
+    assert "input   format                      how, or why not" in lines[0]
+    assert "2:4     int8                        weight_norm" in lines[2]
+    assert "dense   int8, smoothquant 0.5 [1]   rule: k_proj stays dense   quanti" in lines[3]
+    assert "dense   16 bit [2]                  rule: heads stay dense" in lines[4]
+    assert lines[-2:] == ["[1] in the quantise kernel", "[2] rule: heads stay in 16 bit"]
+
+
+def test_the_bits_of_what_is_not_quantised_are_those_of_its_weight():
+    asked = Decision(reason="rule", unquantized="quantize_skip='*'")
+    assert site("q", asked, weight_bytes=4 * 8 * 16).format == "32 bit"
+    assert site("q", asked).format == "16 bit"
+    assert site("q", dense("rule")).format == ""
 
 
 def test_what_a_kernel_lacks_is_a_note(monkeypatch):

@@ -1,8 +1,11 @@
 """The command line: ``amber COMMAND …``, each command a module of this package.
 
+    calibrate  plan what to sparsify in a model, from your own text
     check      what sparsity changes in a model that reads a text, worst sites first
+    eval       what sparsity costs a model on a text: loss, KL, top-1, generation, tasks
     env        what this machine can run, and why not the rest
     explain    what would be sparse in a model, why the rest is not, and what it is worth
+    plan       what a plan holds, and how two of them differ
 
 A command module has ``HELP`` (one line), ``add_arguments(parser)`` and ``run(arguments)``, which
 prints and returns the exit status. Bad input is a message on stderr and status 2.
@@ -17,7 +20,7 @@ from collections.abc import Sequence
 
 from amber_compile.errors import AmberError
 
-COMMANDS = ("check", "env", "explain")
+COMMANDS = ("calibrate", "check", "env", "eval", "explain", "plan")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,26 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from amber_compile.debug.compare import check
-from amber_compile.errors import AmberError, OptionError, whole_number
+from amber_compile.errors import AmberError, whole_number
 from amber_compile.report import Report
 from amber_compile.table import worst_list
 
-from .models import (
-    ModelError,
-    add_options,
-    check_folder,
-    first_line,
-    language_model_class,
-    options_of,
-)
+from .models import ModelError, add_options, first_line, load, options_of, read_text
 
 HELP = "what sparsity changes in a model that reads a text: the error by site and at the output"
 
@@ -51,8 +40,12 @@ def run(arguments: argparse.Namespace) -> int:
     options = options_of(arguments)
     tokens = whole_number("tokens", arguments.tokens, 1)
     worst = whole_number("worst", arguments.worst, 1)
-    text = _read(arguments.text)
-    model, ids = load(arguments.model, text, tokens)
+    text = read_text(arguments.text)
+    _say(f"loading {arguments.model}")
+    model, tokenizer = load(arguments.model)
+    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens)["input_ids"]
+    if not ids.numel():
+        raise ModelError("the text has no token")
     _say(f"running {ids.shape[-1]} tokens, dense and sparse")
     try:
         report = check(model, ids, **options)
@@ -62,43 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise ModelError(f"{arguments.model} cannot be run: {first_line(cause)}") from cause
     print(_json(report, arguments, ids) if arguments.json else _table(report, worst))
     return 0
-
-
-def load(name: str, text: str, tokens: int) -> tuple[nn.Module, torch.Tensor]:
-    """Return the language model of a folder or hub name, and the first tokens of ``text``.
-
-    Raises:
-        ModelError: if there is none, it is no language model, or the text has no token.
-    """
-    try:
-        import transformers
-    except ImportError as cause:
-        raise ModelError(
-            "models are loaded by transformers: pip install 'amber-compile[examples]'"
-        ) from cause
-    check_folder(name)
-    _say(f"loading {name}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice for those who train the model
-            config = transformers.AutoConfig.from_pretrained(name)
-            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name)
-            model = language_model_class(name, config).from_pretrained(name, dtype="auto")
-    except AmberError:
-        raise
-    except Exception as cause:  # a missing file, no network, no such model, a newer transformers
-        raise ModelError(f"{name} cannot be loaded: {first_line(cause)}") from cause
-    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens)["input_ids"]
-    if not ids.numel():
-        raise ModelError("the text has no token")
-    return model.eval(), ids
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError as cause:
-        raise OptionError(f"--text {path!r} cannot be read: {cause.strerror}") from cause
 
 
 def _table(report: Report, worst: int) -> str:

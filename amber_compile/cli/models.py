@@ -1,15 +1,26 @@
-"""What commands on models share: the backend's options, and models by folder or hub name."""
+"""What commands on models share: the backend's options, texts, and models by folder or hub name."""
 
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
-from amber_compile.errors import AmberError
+from torch import nn
 
-OPTIONS = ("preset", "pattern", "plan", "skip", "projections", "dense_prefix", "min_tokens")
+from amber_compile.errors import AmberError, OptionError, choices
+
+OPTIONS = (
+    *("preset", "pattern", "score", "correction", "plan", "skip", "projections"),
+    *("dense_prefix", "min_tokens", "quantize", "quantize_skip", "decode"),
+)
 """The arguments that are options of the backend."""
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+NONE = "none"
+"""What ``--correction`` takes for no correction."""
 
 
 class ModelError(AmberError, ValueError):
@@ -20,17 +31,76 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the backend."""
     parser.add_argument("--pattern", help="N:M, such as 2:4, 4:8, 8:16")
     parser.add_argument("--preset", help="amber or paper")
+    parser.add_argument("--score", help="magnitude, weight_norm or robust_norm")
+    parser.add_argument("--correction", help=f"norm, variance or {NONE}")
     parser.add_argument("--plan", help="file of a plan: it decides instead of preset and pattern")
     parser.add_argument("--skip", action="append", help="names to leave dense, by fnmatch")
     parser.add_argument("--projections", action="append", help="names to sparsify, by fnmatch")
     parser.add_argument("--dense-prefix", type=int, help="first tokens to leave dense")
     parser.add_argument("--min-tokens", type=int, help="fewer tokens stay dense")
+    parser.add_argument("--quantize", help="int8 or fp8: 8-bit weights and activations")
+    parser.add_argument("--quantize-skip", action="append", help="names to leave in 16 bit")
+    parser.add_argument("--decode", help="as --quantize: decode in 8 bits, 16-bit weights released")
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the options that were given."""
     given = {name: getattr(arguments, name) for name in OPTIONS}
-    return {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if chosen.get("correction") == NONE:
+        chosen["correction"] = None
+    return chosen
+
+
+def load(name: str, dtype: str = "auto") -> tuple[nn.Module, Any]:
+    """Return the language model of a folder or hub name, with its weights, and its tokenizer.
+
+    Args:
+        name: of the folder, or on the hub.
+        dtype: of the weights: ``"float32"`` and the like, or ``"auto"`` as they are stored.
+
+    Raises:
+        OptionError: for another dtype.
+        ModelError: if there is none, or it is no language model.
+    """
+    if dtype not in DTYPES:
+        raise OptionError(choices("dtype", dtype, DTYPES))
+    try:
+        import transformers
+    except ImportError as cause:
+        raise ModelError(
+            "models are loaded by transformers: pip install 'amber-compile[examples]'"
+        ) from cause
+    check_folder(name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice for those who train the model
+            config = transformers.AutoConfig.from_pretrained(name)
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name)
+            auto = language_model_class(name, config)
+            model, told = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except AmberError:
+        raise
+    except Exception as cause:  # a missing file, no network, no such model, a newer transformers
+        raise ModelError(f"{name} cannot be loaded: {first_line(cause)}") from cause
+    if missing := sorted(told["missing_keys"]):
+        raise ModelError(
+            f"{name} is no language model: {len(missing)} of its weights are missing, "
+            f"such as {missing[0]}"
+        )
+    return model.eval(), tokenizer
+
+
+def read_text(path: str) -> str:
+    """Return what ``--text`` names; bytes that are no UTF-8 are replaced.
+
+    Raises:
+        OptionError: if it cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as cause:
+        raise OptionError(f"--text {path!r} cannot be read: {cause.strerror}") from cause
 
 
 def check_folder(name: str) -> None:

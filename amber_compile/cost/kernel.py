@@ -1,19 +1,23 @@
 """What one kernel computes, moves and takes, as expressions in the token count.
 
-R rows (T times a constant), K input channels, N output channels, E experts, b bytes an element:
+R rows (T times a constant), K input channels, N output channels, E experts, b bytes an element, c
+bytes an operand of the product: b, or 1 if it is quantised:
 
     kernel       multiply-accumulates   bytes                               seconds
-    matmul       R·N·K                  b·(R·K + min(E, R)·N·K + R·N)       roofline
-    2:4 matmul   R·N·K / 2              b·(R·K/2 + min(E, R)·N·K + R·N)     roofline
+    matmul       R·N·K                  c·(R·K + min(E, R)·N·K) + b·R·N     roofline
+    2:4 matmul   R·N·K / 2              c·(R·K/2 + min(E, R)·N·K) + b·R·N   roofline
                                         + R·K/8 of metadata
-    compress     0                      b·(R·K + R·K/2) + R·K/8             bytes / selection rate
-    select       0                      b·(R·K + R·K)                       bytes / selection rate
+    compress     0                      b·R·K + c·R·K/2 + R·K/8             bytes / selection rate
+    select       0                      b·R·K + b·R·K                       bytes / selection rate
+    quantize     0                      b·R·K + c·R·K                       bytes / selection rate
 
     roofline = max(operations / rate, bytes / bandwidth);   each takes the machine's overhead on top
 
-A plain weight has E = 1, and is read once. Of experts no more are read than there are rows. Left
-out: that the last wave of tiles does not fill a GPU (12 % of a matmul of 512 tokens on an H100, by
-counting tiles), and that caches hold what was just written.
+``int8 matmul`` and the like say in what a product is computed. A format without a rate is taken to
+run at that of the activations' type. A plain weight has E = 1, and is read once. Of experts no more
+are read than there are rows. Left out: scales; that the last wave of tiles does not fill a GPU
+(12 % of a matmul of 512 tokens on an H100, by counting tiles); that caches hold what was just
+written.
 """
 
 from __future__ import annotations
@@ -40,10 +44,11 @@ class Kernel:
     """One kernel.
 
     Attributes:
-        name: ``matmul``, ``2:4 matmul``, ``compress`` or ``select``.
+        name: ``matmul``, ``int8 matmul``, ``2:4 int8 matmul``, ``compress``, ``select``,
+            ``quantize`` ...
         macs: multiply-accumulates that it executes.
         traffic: bytes by what they are: ``activations in``, ``activations out``, ``weight``,
-            ``values`` (kept ones) and ``metadata`` (where they were).
+            ``values`` (kept ones), ``metadata`` (where they were) and ``codes``.
         seconds: how long it takes.
     """
 
@@ -76,24 +81,31 @@ class Kernels:
     def _size(self) -> int:
         return SIZES[self.dtype]
 
-    def matmul(self, rows: Expr, shape: tuple[Expr | int, ...]) -> Kernel:
-        """Return ``[R, K] @ [K, N]``, where ``shape`` is ``(N, K)`` or ``(E, N, K)``."""
-        *_, n, k = shape
-        traffic = {"activations in": self._size * rows * k, **self._weight_and_out(rows, shape)}
-        macs = rows * n * k
-        return self._roofline("matmul", macs, traffic, self.rates.dense, macs)
+    def matmul(self, rows: Expr, shape: tuple[Expr | int, ...], codes: str | None = None) -> Kernel:
+        """Return ``[R, K] @ [K, N]``, where ``shape`` is ``(N, K)`` or ``(E, N, K)``.
 
-    def sparse_matmul(self, rows: Expr, shape: tuple[Expr | int, ...]) -> Kernel:
+        ``codes`` is the format of both operands, if they are quantised.
+        """
+        *_, n, k = shape
+        size = SIZES[codes or self.dtype]
+        traffic = {"activations in": size * rows * k, **self._weight_and_out(rows, shape, codes)}
+        macs = rows * n * k
+        return self._roofline("matmul", macs, traffic, self.rates.dense, macs, codes)
+
+    def sparse_matmul(
+        self, rows: Expr, shape: tuple[Expr | int, ...], codes: str | None = None
+    ) -> Kernel:
         """Return the same product with what :meth:`compress` wrote."""
         *_, n, k = shape
-        traffic = {**self._compressed(rows * k), **self._weight_and_out(rows, shape)}
+        out = self._weight_and_out(rows, shape, codes)
+        traffic = {**self._compressed(rows * k, codes), **out}
         macs = rows * n * k
-        return self._roofline("2:4 matmul", macs * KEPT, traffic, self.rates.sparse, macs)
+        return self._roofline("2:4 matmul", macs * KEPT, traffic, self.rates.sparse, macs, codes)
 
-    def compress(self, rows: Expr, channels: int) -> Kernel:
-        """Return the pass that selects 2:4 and writes kept values and metadata."""
+    def compress(self, rows: Expr, channels: int, codes: str | None = None) -> Kernel:
+        """Return the pass that selects 2:4 and writes kept values, or codes, and metadata."""
         read = self._size * rows * channels
-        traffic = {"activations in": read, **self._compressed(rows * channels)}
+        traffic = {"activations in": read, **self._compressed(rows * channels, codes)}
         return self._selection("compress", traffic)
 
     def select(self, rows: Expr, channels: int) -> Kernel:
@@ -101,13 +113,23 @@ class Kernels:
         moved = self._size * rows * channels
         return self._selection("select", {"activations in": moved, "activations out": moved})
 
-    def _weight_and_out(self, rows: Expr, shape: tuple[Expr | int, ...]) -> dict[str, Expr]:
+    def quantize(self, rows: Expr, channels: int, codes: str) -> Kernel:
+        """Return the pass that writes codes, of what is selected or of all."""
+        elements = rows * channels
+        traffic = {"activations in": self._size * elements, "codes": SIZES[codes] * elements}
+        return self._selection("quantize", traffic)
+
+    def _weight_and_out(
+        self, rows: Expr, shape: tuple[Expr | int, ...], codes: str | None
+    ) -> dict[str, Expr]:
         *experts, n, k = shape
         read = Min(*experts, rows) if experts else Integer(1)
-        return {"weight": self._size * read * n * k, "activations out": self._size * rows * n}
+        weight = SIZES[codes or self.dtype] * read * n * k
+        return {"weight": weight, "activations out": self._size * rows * n}
 
-    def _compressed(self, elements: Expr) -> dict[str, Expr]:
-        return {"values": self._size * KEPT * elements, "metadata": INDEX_BYTES * elements}
+    def _compressed(self, elements: Expr, codes: str | None) -> dict[str, Expr]:
+        kept = SIZES[codes or self.dtype] * KEPT * elements
+        return {"values": kept, "metadata": INDEX_BYTES * elements}
 
     def _roofline(
         self,
@@ -116,8 +138,13 @@ class Kernels:
         traffic: Mapping[str, Expr],
         rates: Mapping[str, float],
         dense_macs: Expr,
+        codes: str | None,
     ) -> Kernel:
-        computing = 2 * dense_macs / exact(rates[self.dtype])
+        format_ = codes if codes in rates else self.dtype
+        if codes is not None:
+            name = name.replace("matmul", f"{codes} matmul")
+            name += "" if format_ == codes else f" at the rate of {self.dtype}"
+        computing = 2 * dense_macs / exact(rates[str(format_)])
         moving = Add(*traffic.values()) / exact(self.rates.bandwidth)
         return Kernel(name, macs, traffic, Max(computing, moving) + exact(self.rates.overhead))
 

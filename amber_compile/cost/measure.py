@@ -1,13 +1,15 @@
 """Measure what the machine at hand achieves, in a few seconds.
 
-    dense       matmul of two square matrices, in every dtype that the machine multiplies
+    dense       matmul of two square matrices, in every dtype that the machine multiplies; of int8
+                on a CPU the product with its scales (``quantized_linear``)
     bandwidth   copy of a tensor larger than any cache, read and written bytes together
     select      bytes/s of 2:4 selection by ``nm_select``, magnitude score, as a share of that
     overhead    time of one of many additions of a single number
 
 Each is the best of several rounds, after one that warms up. The 2:4 matmul of a sparse unit is not
-measured: where the package knows the machine, its dense rate times the 2:4 gain expected there is
-taken, and ``source`` says so; else there is none, and ``dataclasses.replace`` can set one.
+measured, nor are eight bits on a GPU: where the package knows the machine, a dense rate times the
+gain expected there is taken, and ``source`` says so; else there is none, and
+``dataclasses.replace`` can set one.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from pathlib import Path
 
 import torch
 
-from amber_compile.kernels import nm_select
+from amber_compile.kernels import nm_select, quantize_rows, quantized_linear
+from amber_compile.kernels.int8_kernel import int8_kernel
+from amber_compile.kernels.prepared_weight import prepare_weight
 
-from .rates import SIZES, Rates, rates_of_device
+from .rates import WIDE, Rates, rates_of_device
 
 SECONDS = 0.4
 """How long one quantity is measured."""
@@ -41,13 +45,15 @@ def measure_rates(device: torch.device | str = "cpu") -> Rates:
         dtype: _matmul_rate(dtype, device, 8192 if large else 1024) for dtype in _dtypes(device)
     }
     bandwidth = _bandwidth(device, 1 << (30 if large else 27))
-    sparse, expected = _expected_sparse(dense, device)
+    codes, sparse, expected = _expected(dense, device)
+    if not large and int8_kernel() != "reference":
+        codes = {"int8": _code_rate(1024)}
     threads = "" if large else f", {torch.get_num_threads()} threads"
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return Rates(
         name=_name(device),
         source=f"measured {today} with torch {torch.__version__}{threads}{expected}",
-        dense=dense,
+        dense=dense | codes,
         sparse=sparse,
         bandwidth=bandwidth,
         overhead=_overhead(device),
@@ -57,13 +63,24 @@ def measure_rates(device: torch.device | str = "cpu") -> Rates:
 
 def _dtypes(device: torch.device) -> list[str]:
     """Return the dtypes to measure: no CPU here multiplies float16 well enough to wait for it."""
-    return [dtype for dtype in SIZES if device.type != "cpu" or dtype != "float16"]
+    return [dtype for dtype in WIDE if device.type != "cpu" or dtype != "float16"]
 
 
 def _matmul_rate(dtype: str, device: torch.device, size: int) -> float:
     """Return FLOP/s."""
     a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
     return 2 * size**3 / _best_seconds(lambda: torch.nn.functional.linear(a, b), device)
+
+
+def _code_rate(size: int) -> float:
+    """Return operations/s of a product of int8 codes on the CPU."""
+    codes, scale = quantize_rows(torch.randn(size, size), None)
+    weight = prepare_weight(codes)
+    seconds = _best_seconds(
+        lambda: quantized_linear(codes, scale, weight, scale, None, torch.bfloat16),
+        torch.device("cpu"),
+    )
+    return 2 * size**3 / seconds
 
 
 def _bandwidth(device: torch.device, size: int) -> float:
@@ -107,14 +124,21 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _expected_sparse(dense: dict[str, float], device: torch.device) -> tuple[dict[str, float], str]:
-    """Return 2:4 rates by what the package expects of this machine, and words for the source."""
+def _expected(
+    dense: dict[str, float], device: torch.device
+) -> tuple[dict[str, float], dict[str, float], str]:
+    """Return rates in eight bits and of 2:4, as the package expects here, and words for that."""
     known = rates_of_device(device)
     if known is None:
-        return {}, ""
-    gains = {dtype: rate / known.dense[dtype] for dtype, rate in known.sparse.items()}
-    sparse = {dtype: dense[dtype] * gain for dtype, gain in gains.items()}
-    return sparse, f"; 2:4 matmul not measured, but expected from that ({known.source})"
+        return {}, {}, ""
+    gain = dense["bfloat16"] / known.dense["bfloat16"]
+    codes = {dtype: gain * rate for dtype, rate in known.dense.items() if dtype not in dense}
+    sparse = {
+        dtype: (dense | codes)[dtype] / known.dense[dtype] * rate
+        for dtype, rate in known.sparse.items()
+    }
+    words = f"; 8 bits and 2:4 matmul not measured, but expected from that ({known.source})"
+    return codes, sparse, words
 
 
 def _name(device: torch.device) -> str:

@@ -25,7 +25,7 @@ from amber_compile.settings import Settings
 
 from .kernel import Kernels
 from .rates import Rates, rates_of
-from .site import dense_work, sparse_work
+from .site import dense_work, format_of, sparse_work
 from .table import cost_table
 from .work import Comparison, Work
 
@@ -60,6 +60,11 @@ class SiteCost(Comparison):
         return self.sites[0].decision.settings
 
     @property
+    def changed(self) -> bool:
+        """Whether they are sparse or quantised."""
+        return self.sites[0].decision.rewritten
+
+    @property
     def counted(self) -> bool:
         """Whether the totals include them."""
         return self.sites[0].role not in UNCOUNTED
@@ -71,6 +76,7 @@ class SiteCost(Comparison):
             "names": [site.name for site in self.sites],
             "shape": list(self.sites[0].shape),
             "settings": self.settings.to_json() if self.settings else None,
+            "format": format_of(self.sites[0]),
             "counted": self.counted,
             "dense_kernels": _kernels_to_json(self.one.dense),
             "sparse_kernels": _kernels_to_json(self.one.sparse),
@@ -81,6 +87,8 @@ class SiteCost(Comparison):
 @dataclass(frozen=True)
 class ModelCost(Comparison):
     """All counted projections of a model on one machine; ``str()`` is a table.
+
+    ``dense`` is what they cost without Amber, ``sparse`` as they were decided: quantised, too.
 
     Attributes:
         rates: of the machine.
@@ -179,7 +187,8 @@ def _groups(sites: Iterable[Site], kernels: Kernels) -> list[SiteCost]:
     """Return the sites that are alike together, in the order in which they come."""
     alike: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
-        key = _role(site), site.shape, site.macs, site.share, site.decision.settings
+        decided = site.decision.settings, format_of(site)
+        key = _role(site), site.shape, site.macs, site.share, decided
         alike.setdefault(key, []).append(site)
     groups: list[SiteCost] = []
     for group in alike.values():

@@ -65,7 +65,7 @@ def plot_time(
         raise OptionError(f"tokens={tokens!r} must be two token counts, the lesser one first")
     counts = [least * (most / least) ** (step / POINTS) for step in range(POINTS + 1)]
     panels: list[tuple[str, Comparison]] = [("all projections", cost)]
-    panels += _alike([group for group in _shown(cost) if group.settings])
+    panels += _alike([group for group in _shown(cost) if group.changed])
     columns = min(ACROSS, max(2, len(panels)))
     bands = ceil(len(panels) / columns)
     with style():
@@ -210,7 +210,7 @@ def _draw_points(axes: Axes, groups: Sequence[SiteCost], tokens: int) -> None:
 
 def _points(group: SiteCost, tokens: int) -> list[tuple[float, float]]:
     """Return FLOP/byte and TFLOP/s of a group, dense and, if it is sparse, sparse."""
-    works = [group.one.dense, group.one.sparse] if group.settings else [group.one.dense]
+    works = [group.one.dense, group.one.sparse] if group.changed else [group.one.dense]
     useful = 2 * group.one.dense.at(tokens)["macs"]
     costs = [work.at(tokens) for work in works]
     return [(useful / cost["bytes"], useful / cost["seconds"] / 1e12) for cost in costs]

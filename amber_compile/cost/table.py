@@ -71,7 +71,7 @@ def _short(number: float) -> str:
 
 def _title(cost: ModelCost, middle: int) -> str:
     start = f"Cost on {cost.rates.name}, {cost.dtype}:"
-    if all(group.settings is None for group in cost.groups):
+    if not any(group.changed for group in cost.groups):
         return f"{start} every projection is dense"
     least = "no token count" if cost.break_even is None else f"{cost.break_even} tokens"
     gain = f"{cost.speedup(middle):.2f} times as fast at {middle} tokens"
@@ -85,7 +85,7 @@ def _row(group: SiteCost, tokens: Sequence[int], middle: int, whole: float) -> R
         str(len(group.sites)),
         str(group.settings.pattern) if group.settings else "dense",
         ", ".join(kernel.name for kernel, _ in group.one.sparse.kernels),
-        *(_gains(group, tokens) if group.settings else [""] * (1 + len(tokens))),
+        *(_gains(group, tokens) if group.changed else [""] * (1 + len(tokens))),
         "not counted" if share is None else f"{share:.0%}".replace("%", " %"),
     ]
 
@@ -111,7 +111,7 @@ def _lay_out(headings: Row, rows: Sequence[Row]) -> str:
 
 def _formulas(cost: ModelCost, middle: int) -> str:
     """Return the times of the sparse projections that take longest."""
-    sparse = [group for group in cost.groups if group.settings and group.counted]
+    sparse = [group for group in cost.groups if group.changed and group.counted]
     if not sparse:
         return ""
     group = max(sparse, key=lambda group: group.dense.at(middle)["seconds"])

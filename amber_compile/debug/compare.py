@@ -42,15 +42,17 @@ def check(
         model: with its weights.
         args: positional inputs of the model.
         kwargs: keyword inputs of the model; apart, so that none is taken for an option.
-        options: the fields of :class:`AmberConfig`.
+        options: the fields of :class:`AmberConfig`; ``decode`` changes nothing here, for no weight
+            is released.
 
     Raises:
         TypeError: if ``model`` is no module.
         OptionError: for an unknown option or value, or a model on the meta device.
+        ReleasedError: if the values of its weights were released.
         RewriteError: under ``strict=True``, if a planned projection cannot be sparsified.
     """
     call = Call(model, args, kwargs)
-    config = replace(config_for(call.model, options), check=True)
+    config = replace(config_for(call.model, options), decode=None, check=True)
     rewriter = Rewriter(config, uncompiled)
     with registered(call.model):
         expected = call.dense()

@@ -2,7 +2,7 @@
 
     dense ─► method ─► kernels ─► fuse_projections ─► code generation
 
-    method             selections by their reference: the method's own error
+    method             selections and codes by their reference: the method's own error
     kernels            the same graph with the kernels of this machine
     fuse_projections   products on sparse units, where there are some
     code generation    the rewritten graph through Inductor, or another compiler
@@ -24,6 +24,8 @@ from torch.fx import GraphModule
 from amber_compile.binding import Compiled
 from amber_compile.config import AmberConfig
 from amber_compile.kernels.nm_select import nm_select_reference
+from amber_compile.kernels.quantize_rows import quantize_rows_reference
+from amber_compile.kernels.quantized_linear import quantized_linear_reference
 from amber_compile.naming import registered
 from amber_compile.plan import Plan, PlannedSite
 from amber_compile.report import Report
@@ -35,7 +37,12 @@ from .replay import Call
 Names = Sequence[str]
 KEPT = ("min_tokens", "mode", "inductor")
 """The options that go with a plan and are no part of it."""
-SELECT = torch.ops.amber.nm_select.default
+REFERENCES: dict[Any, Any] = {
+    torch.ops.amber.nm_select.default: nm_select_reference,
+    torch.ops.amber.quantize_rows.default: quantize_rows_reference,
+    torch.ops.amber.quantized_linear.default: quantized_linear_reference,
+}
+"""Of the operators in a graph whose nodes are not fused."""
 
 
 class StepFailed(Exception):
@@ -108,11 +115,11 @@ class PartialRuns:
         return [name for name in self._inners if name != "fuse_projections" or self._fused]
 
     def plan(self) -> None:
-        """Find out what the options make sparse, and how the sites rank by their own error."""
-        rewriter = Rewriter(replace(self._config, check=True), self._counted)
+        """Find out what the options rewrite, and how the sites rank by their own error."""
+        rewriter = Rewriter(replace(self._config, decode=None, check=True), self._counted)
         self._traced(rewriter)
         report = Report(rewriter.graphs)
-        self.planned = [site.name for site in report.sites if site.decision.sparse]
+        self.planned = [site.name for site in report.sites if site.decision.rewritten]
         self.ranked = [site.name for site in report.worst(len(self.planned))]
         self._sites = {
             name: PlannedSite(shape, "not called") for name, shape in rewriter.shapes.items()
@@ -145,14 +152,17 @@ class PartialRuns:
         return output
 
     def _only(self, names: Names) -> AmberConfig:
-        """Return options that make the sites ``names`` sparse, and leave the others dense."""
+        """Return options that rewrite the sites ``names`` as planned, and leave others dense."""
+        given = self._config.plan
+        own = given if isinstance(given, Plan) else Plan({})
+        known = {**own.sites, **self._sites}
         chosen = set(names)
         sites = {
             name: site if name in chosen else PlannedSite(site.shape, "left out of this run")
-            for name, site in self._sites.items()
+            for name, site in known.items()
         }
         kept = {name: value for name, value in vars(self._config).items() if name in KEPT}
-        return AmberConfig(plan=Plan(sites), **kept)
+        return AmberConfig(plan=Plan(sites, tensors=own.tensors), **kept)
 
     def _traced(self, rewriter: Rewriter) -> Any:
         """Run the graphs of the one trace, rewritten by ``rewriter``."""
@@ -181,9 +191,9 @@ class PartialRuns:
 def _by_reference(
     gm: GraphModule, inputs: Sequence[Any], config: AmberConfig, rewritten: bool
 ) -> Compiled:
-    """Run a graph with the reference of every selection."""
+    """Run a graph with the reference of every selection, quantisation and quantised product."""
     if rewritten:
-        for node in gm.graph.find_nodes(op="call_function", target=SELECT):
-            node.target = nm_select_reference
+        for node in gm.graph.nodes:
+            node.target = REFERENCES.get(node.target, node.target)
         gm.recompile()
     return uncompiled(gm, inputs, config, rewritten)

@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_leaves
 from amber_compile.binding import Compiled
 from amber_compile.breaks import Break
 from amber_compile.checked import fork_rng_of
-from amber_compile.errors import OptionError
+from amber_compile.errors import OptionError, ReleasedError
 from amber_compile.fake_model import has_no_values
+from amber_compile.stand_in import released
 from amber_compile.undisturbed import isolated, undisturbed, with_own_code
 
 Backend = Callable[[GraphModule, Sequence[Any]], Compiled]
@@ -45,6 +46,7 @@ class Call:
     Raises:
         TypeError: if ``model`` is no module.
         OptionError: if it lies on the meta device.
+        ReleasedError: if the values of its weights were released.
 
     Attributes:
         model: what is called, without the wrapper of ``torch.compile``.
@@ -65,6 +67,11 @@ class Call:
             raise OptionError(
                 f"{caller} runs the model, and its weights hold no values (meta device): "
                 "load them first, or use amber_compile.explain"
+            )
+        if names := released(self.model):
+            raise ReleasedError(
+                f"{caller} runs the model as it is, and the values of {len(names)} of its weights "
+                f"were released (decode=), that of {names[0]} first: load the model again"
             )
         self._inputs = tuple(args), dict(kwargs or {})
         self.breaks: list[Break] = []
@@ -87,9 +94,6 @@ class Call:
         def call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
             return model(*args, **kwargs)
 
-        own = with_own_code(call)
-        compiled = torch.compile(own, backend=backend, dynamic=False, **isolated())
-
         def run() -> Any:
             with self._fresh() as inputs:
                 try:
@@ -97,7 +101,9 @@ class Call:
                 except BackendCompilerFailed as failure:  # Dynamo's wrapping of what was raised
                     raise failure.inner_exception from None
 
-        with undisturbed(backend, self.breaks):
+        own = with_own_code(call)
+        with undisturbed(backend, self.breaks) as forgotten:
+            compiled = torch.compile(own, backend=forgotten, dynamic=False, **isolated())
             yield run
 
     @contextlib.contextmanager

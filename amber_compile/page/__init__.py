@@ -17,6 +17,7 @@ import base64
 import hashlib
 from importlib import resources
 
+from amber_compile.memory import readable
 from amber_compile.report import Report
 
 from .graphs import graphs_of
@@ -53,6 +54,7 @@ def page_of(report: Report, title: str) -> str:
         rows=rows,
         failures=list(dict.fromkeys(graph.fallback for graph in report.graphs if graph.fallback)),
         heat=heat_map(rows),
+        formats=any(row.format for row in rows),
         measured=any(row.error is not None for row in rows),
         kernels=kernel_sources(report.sites),
         generated=generated_code(report.graphs),
@@ -74,8 +76,20 @@ def _facts(report: Report, rows: list[Row]) -> list[tuple[str, str, str]]:
         (f"{len(phases)}", "graph" + "s" * (len(phases) != 1), ", ".join(counts)),
         (f"{seconds:.2f} s", "to analyse and rewrite", "without compilation"),
     ]
+    if report.memory.codes:
+        quantized = sum(site.decision.quantization is not None for site in report.sites)
+        before, after = readable(report.memory.before), readable(report.memory.after)
+        remark = "expected" if report.explained else "codes and what was not released"
+        facts[3:3] = [
+            (
+                f"{quantized}",
+                f"of {len(rows)} projections in 8 bits",
+                f"{report.quantized:.1%} of MACs",
+            ),
+            (after, f"of weights, {before} before", remark),
+        ]
     if breaks:
-        facts.insert(4, (f"{breaks}", "graph break" + "s" * (breaks != 1), "listed below"))
+        facts.insert(-1, (f"{breaks}", "graph break" + "s" * (breaks != 1), "listed below"))
     errors = [graph.output_error for graph in report.graphs if graph.output_error is not None]
     if report.output:
         _, _, *likelihoods = str(report.output).split(", ")

@@ -82,6 +82,7 @@
       if (value) list.append(make("dt", name), make("dd", value));
     };
     add(site.pattern === "dense" ? "why" : "how", site.how);
+    add("format", site.format);
     add("weight", site.weight);
     add("MACs", site.macs);
     add("kernel", site.kernel);

@@ -32,7 +32,8 @@ class Row:
         weight: sizes, ``4096x4096``.
         pattern: ``2:4``; "" if dense.
         how: its settings, or the reason it stays dense.
-        kernel: what runs the selection, or "".
+        format: in what its product is computed, and why not in eight bits; "" if nobody asked.
+        kernel: what runs it, or "".
         macs: its share of the MACs that count, 0 to 1; 0 for heads and routers.
         coverage: part of its outputs that reads a sparse activation, 0 to 1.
         removed: part of its MACs that meet a dropped zero, 0 to 1.
@@ -45,6 +46,7 @@ class Row:
     weight: str
     pattern: str
     how: str
+    format: str
     kernel: str
     macs: float
     coverage: float
@@ -56,7 +58,8 @@ class Row:
         error = None if self.error is None else f"{self.error:.4f}"
         shown = {name: getattr(self, name) for name in ("name", "layer", "leaf", "weight", "how")}
         macs = f"{self.macs:.2%}" if self.macs else "not counted"
-        more = {"pattern": self.pattern or "dense", "kernel": self.kernel}
+        more = {name: getattr(self, name) for name in ("format", "kernel")}
+        more["pattern"] = self.pattern or "dense"
         return {**shown, **more, "macs": macs, "error": error}
 
 
@@ -96,7 +99,7 @@ def rows_of(report: Report) -> list[Row]:
 
 
 def _row(site: Site, total: float) -> Row:
-    settings = site.decision.settings
+    settings, remark = site.decision.settings, site.decision.unquantized or site.smoothing
     layer = layer_path(site.name)
     counts = total and site.role not in UNCOUNTED
     return Row(
@@ -106,6 +109,7 @@ def _row(site: Site, total: float) -> Row:
         weight="x".join(map(str, site.shape)),
         pattern=str(settings.pattern) if settings else "",
         how=settings.how if settings else " ".join(str(site.decision.reason).split()),
+        format=": ".join(filter(None, [site.format, remark])),
         kernel=site.kernel,
         macs=site.macs / total if counts else 0.0,
         coverage=site.share,

@@ -14,6 +14,9 @@ from amber_compile.report import GraphReport, Site
 MOST, BUDGET = 150_000, 450_000
 """Characters of generated code that a page holds for one graph, and for all: layers repeat."""
 
+CPU_UNITS = ("C++", "VNNI", "AMX")
+"""What the names of compiled CPU kernels hold."""
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -41,9 +44,12 @@ def kernel_sources(sites: Sequence[Site]) -> list[Kernel]:
 
 def _sources(kernel: str) -> list[Source]:
     """Return the files of a kernel's operators: an operator and its files have one name."""
-    found = []
-    for word in dict.fromkeys(re.findall(r"[a-z]\w+", kernel)):
-        places = [f"cpu/{word}.cpp"] if "C++" in kernel else [f"cuda/{word}.py", f"{word}.py"]
+    found, words = [], dict.fromkeys(re.findall(r"[a-z]\w+", kernel))
+    compiled = any(unit in kernel for unit in CPU_UNITS)
+    if compiled and "quantize" in kernel:
+        words = dict.fromkeys(("nm_quantize", "int8_gemm"))
+    for word in words:
+        places = [f"cpu/{word}.cpp"] if compiled else [f"cuda/{word}.py", f"{word}.py"]
         for place in places:
             source = resources.files("amber_compile.kernels").joinpath(place)
             if source.is_file():

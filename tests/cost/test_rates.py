@@ -11,6 +11,7 @@ from amber_compile.cost import measure as measuring
 from amber_compile.cost.measure import measure_rates
 from amber_compile.cost.rates import Rates, machines, rates_of, rates_of_device
 from amber_compile.errors import OptionError
+from amber_compile.kernels.int8_kernel import int8_kernel
 
 PLAIN = Rates("machine", "a test", {"bfloat16": 1e15}, {"bfloat16": 2e15}, 1e12, 1e-6, 0.5)
 
@@ -120,7 +121,8 @@ def test_a_gpu_is_known_by_its_whole_name(name, machine, monkeypatch):
 def test_the_machine_at_hand_is_measured(monkeypatch):
     monkeypatch.setattr(measuring, "SECONDS", 0.02)
     rates = measure_rates("cpu")
-    assert set(rates.dense) == {"float32", "bfloat16"}
+    codes = {"int8"} if int8_kernel() != "reference" else set()
+    assert set(rates.dense) == {"float32", "bfloat16"} | codes
     assert all(1e8 < rate < 1e14 for rate in rates.dense.values())
     assert 1e8 < rates.bandwidth < 1e13
     assert 0 < rates.select < 100
@@ -132,7 +134,32 @@ def test_the_machine_at_hand_is_measured(monkeypatch):
 
 
 def test_a_known_gpu_gets_the_expected_gain_on_what_was_measured(monkeypatch):
-    monkeypatch.setattr(measuring, "rates_of_device", lambda device: PLAIN)
-    sparse, words = measuring._expected_sparse({"bfloat16": 3e14}, torch.device("cuda"))
-    assert sparse == {"bfloat16": 6e14}
-    assert "2:4 matmul not measured" in words
+    known = replace(
+        PLAIN, dense={"bfloat16": 1e15, "int8": 3e15}, sparse={"bfloat16": 2e15, "int8": 4e15}
+    )
+    monkeypatch.setattr(measuring, "rates_of_device", lambda device: known)
+    codes, sparse, words = measuring._expected({"bfloat16": 3e14}, torch.device("cuda"))
+    assert codes == pytest.approx({"int8": 9e14})
+    assert sparse == pytest.approx({"bfloat16": 6e14, "int8": 12e14})
+    assert "8 bits and 2:4 matmul not measured" in words
+
+
+def test_nothing_is_expected_of_an_unknown_gpu(monkeypatch):
+    monkeypatch.setattr(measuring, "rates_of_device", lambda device: None)
+    assert measuring._expected({"bfloat16": 3e14}, torch.device("cuda")) == ({}, {}, "")
+
+
+@pytest.mark.parametrize("name", machines())
+def test_eight_bits_are_faster_where_a_datasheet_has_them(name):
+    rates = rates_of(name)
+    assert "68 % and 49 % in 8 bits" in rates.source
+    assert 1.5 < rates.dense["int8"] / rates.dense["bfloat16"] < 3.5
+    assert 1.3 < rates.sparse["int8"] / rates.dense["int8"] < 1.6
+    assert ("fp8" in rates.dense) == (name != "A100 SXM")
+    assert ("fp8" in rates.sparse) == (name in ("H100 SXM", "H200"))
+
+
+def test_eight_bits_are_no_type_of_activations():
+    rates = replace(PLAIN, dense={"bfloat16": 1e15, "int8": 2e15})
+    with pytest.raises(OptionError, match="unknown dtype for machine: 'int8'; valid: bfloat16"):
+        rates.check_dtype("int8")

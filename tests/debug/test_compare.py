@@ -8,6 +8,8 @@ import pytest
 import torch
 from stack import Layer, Stack, sparse
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, StaticCache
 from zoo import ZOO
@@ -227,7 +229,7 @@ def test_what_cannot_be_checked_is_an_error() -> None:
         check(Stack(), x=X)
     with pytest.raises(OptionError, match=r"did you mean 'pattern'"):
         check(Stack(), X, patern="2:4")
-    with pytest.raises(RewriteError, match="cannot be sparsified"):
+    with pytest.raises(RewriteError, match="cannot be rewritten"):
         check(nn.Linear(60, 64), torch.ones(2, 8, 60), projections="*", strict=True, pattern="8:16")
 
 
@@ -267,3 +269,10 @@ def test_large_outputs_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_token_that_both_rule_out() -> None:
     a = {"logits": torch.tensor([[1.0, -math.inf]])}
     assert output_error(a, a) == OutputError(0.0, 0.0, 0.0, 1.0)
+
+
+@torch.no_grad()
+def test_what_was_compiled_behind_a_break_is_forgotten() -> None:
+    check(Broken(), torch.randn(2, 8, 64))
+    entries = _debug_get_cache_entry_list(Layer.forward.__code__)
+    assert all(type(one.guard_manager) is DeletedGuardManagerWrapper for one in entries)

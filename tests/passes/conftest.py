@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from amber_compile.derived import score_factor
+from amber_compile.derived import derive
 from amber_compile.graph import copy_graph
 from amber_compile.passes import Sparsified, verify
 from amber_compile.projection import value_of
@@ -66,7 +66,8 @@ def check_rewrite(
     done = rewrite(copy)
     places = list(gm.graph.find_nodes(op="placeholder"))
     names = [place.name for place in places]
-    factors = [score_factor(found[names.index(one.weight.name)], *one.key) for one in done.factors]
+    requests = done.inputs.requests
+    factors = [derive(found[names.index(one.weight.name)], one.request) for one in requests]
     wanted, given = capture_graph(after, *inputs, *factors, dynamic=dynamic)
     ordered = [*inputs, *factors]
     assert program(copy, [*found, *factors], ordered) == program(wanted, given, ordered)

@@ -1,17 +1,27 @@
 """Fuse selections with the projections that read them: programs before and after."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from programs import PLAIN, B, Q, W, X, sparsify
 from torch.nn.functional import linear
 
-from amber_compile import Pattern, Settings
-from amber_compile.kernels import nm_linear, nm_select
-from amber_compile.passes import fuse_projections
+from amber_compile import Decision, Pattern, Settings
+from amber_compile.decision import sparse
+from amber_compile.kernels import nm_linear, nm_quantized_linear, nm_select
+from amber_compile.passes import (
+    find_projections,
+    fuse_projections,
+    quantize_projections,
+    sparsify_projections,
+)
 from amber_compile.passes.fuse_projections import why_separate
+from amber_compile.passes.quantize_projections import products_of
+from amber_compile.plan_tensors import PlanTensors
 from amber_compile.projection import Projection
+from amber_compile.quantization import Quantization
 
 NORM = Settings(Pattern(2, 4), "magnitude", "norm", dense_prefix=3)
 
@@ -156,3 +166,79 @@ def test_what_a_sparse_unit_does_not_take(monkeypatch, cuda, reason, shapes, dty
 def test_a_matmul_of_another_spelling_stays(cuda):
     found = why_separate(site(torch.matmul, cuda(4, 64), cuda(64, 8)), PLAIN)
     assert found == "matmul has no sparse kernel"
+
+
+# ---- corrected and quantised outputs ----
+
+
+def corrected(**flags):
+    """Return the pass that sparsifies and corrects every projection, then fuses it."""
+    settings = Settings(Pattern(2, 4), "magnitude", **flags)
+
+    def rewrite(gm):
+        decided = [(one, sparse(settings)) for one in find_projections(gm)]
+        held = {"output_scale": ALPHA, "output_bias": BETA}
+        tensors = PlanTensors({one.name: held for one, _ in decided})
+        done = sparsify_projections(gm, decided, tensors=tensors)
+        fuse_projections(gm, done.sites, [settings] * len(done.sites), lambda *_: None)
+        return done
+
+    return rewrite
+
+
+ALPHA, BETA = torch.rand(8) + 0.5, torch.randn(8)
+
+
+def test_an_output_scale_and_bias_enter_the_epilogue(assert_rewrites):
+    def before(x, w, b):
+        return linear(x, w, b).relu()
+
+    def after(x, w, b, alpha, beta):
+        return nm_linear(x, w, b, None, 2, 4, None, 0, 0, alpha, beta).relu()
+
+    rewrite = corrected(output_scale=True, output_bias=True)
+    assert_rewrites(rewrite, before, after, X, W, B, sites=1)
+
+
+def test_an_output_bias_alone(assert_rewrites):
+    def before(x, w):
+        return linear(x, w)
+
+    def after(x, w, beta):
+        return nm_linear(x, w, None, None, 2, 4, None, 0, 0, None, beta)
+
+    assert_rewrites(corrected(output_bias=True), before, after, X, W, sites=1)
+
+
+def test_what_a_model_multiplies_by_itself_stays(assert_rewrites):
+    """No cast follows, so it is not the epilogue of a correction."""
+
+    def before(x, w, b):
+        return linear(x, w) * b
+
+    def after(x, w, b):
+        return nm_linear(x, w, None, None, 2, 4) * b
+
+    assert_rewrites(fuse(PLAIN), before, after, X, W, B, sites=1)
+
+
+def test_a_quantised_projection_becomes_one_operator(assert_rewrites):
+    settings = Settings(Pattern(2, 4), "magnitude", "norm", dense_prefix=1)
+    decision = Decision(settings=settings, quantization=Quantization("fp8"))
+
+    def rewrite(gm):
+        decided = [(one, decision) for one in find_projections(gm)]
+        done = sparsify_projections(gm, decided)
+        moved = quantize_projections(gm, products_of(decided, {}), done.inputs)
+        done.sites = [(replace(site, node=moved[site.node]), read) for site, read in done.sites]
+        fuse_projections(gm, done.sites, [settings], lambda *_: None)
+        return done
+
+    def before(x, w, b):
+        return linear(x, w, b)
+
+    def after(x, w, b, w8, scale):
+        how = "fp8", "norm", 1, 0, torch.float32
+        return nm_quantized_linear(x, None, None, w8, scale, b, 2, 4, *how)
+
+    assert_rewrites(rewrite, before, after, X, W, B, sites=1)

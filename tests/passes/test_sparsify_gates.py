@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import grouped_mm, linear
 
 from amber_compile import Pattern, Settings
+from amber_compile.derivations import Matrix, ScoreFactor
 from amber_compile.kernels import nm_select
 
 # ---- gate and up in one ----
@@ -68,7 +69,9 @@ def test_the_factor_of_a_gate_is_that_of_its_rows(assert_rewrites):
         return nn.functional.silu(gate) * up
 
     done = assert_rewrites(sparsify(settings), before, after, X, W, sites=1)
-    assert [one.key for one in done.factors] == [("weight_norm", False, 4)]
+    assert [one.request for one in done.inputs.requests] == [
+        ScoreFactor("weight_norm", Matrix(stop=4))
+    ]
 
 
 def test_without_part_both_halves_read_the_selection(assert_rewrites):
@@ -167,7 +170,8 @@ def test_a_factor_of_experts_goes_with_their_rows(assert_rewrites):
         return grouped_mm(nm_select(x, factor, 2, 4, offsets=ends), turned, offs=ends)
 
     done = assert_rewrites(sparsify(NORM), before, after, ROWS, EXPERTS, ENDS, sites=1)
-    assert [one.key for one in done.factors] == [("weight_norm", False, None)]
+    (factor,) = done.inputs.requests
+    assert factor.request == ScoreFactor("weight_norm")
 
 
 def test_other_ends_are_another_selection(assert_rewrites):
@@ -210,4 +214,6 @@ def test_the_gates_of_experts_are_split_off(assert_rewrites):
         return nn.functional.silu(gate) * up
 
     done = assert_rewrites(sparsify(settings), before, after, ROWS, EXPERTS, ENDS, sites=1)
-    assert [one.key for one in done.factors] == [("weight_norm", False, 4)]
+    assert [one.request for one in done.inputs.requests] == [
+        ScoreFactor("weight_norm", Matrix(stop=4))
+    ]

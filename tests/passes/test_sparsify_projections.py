@@ -11,6 +11,7 @@ from programs import KN, NORM, PLAIN, PREFIX, SQUARE, B, K, Q, W, X, rewrite_all
 from torch.nn.functional import linear
 
 from amber_compile import Pattern, Settings
+from amber_compile.derivations import Matrix, ScoreFactor
 from amber_compile.kernels import nm_select
 
 # ---- one projection ----
@@ -48,7 +49,8 @@ def test_a_factor_becomes_an_input(assert_rewrites, score):
 
     settings = Settings(Pattern(2, 4), score)
     done = assert_rewrites(sparsify(settings), before, after, X, W, sites=1)
-    assert [one.key for one in done.factors] == [(score, False, None)]
+    (factor,) = done.inputs.requests
+    assert factor.request == ScoreFactor(score)
 
 
 def test_a_dense_graph_is_left_alone(assert_rewrites):
@@ -56,7 +58,7 @@ def test_a_dense_graph_is_left_alone(assert_rewrites):
         return linear(x, w)
 
     done = assert_rewrites(sparsify("k_proj stays dense"), before, before, X, W, sites=0)
-    assert done.factors == []
+    assert done.inputs.requests == []
 
 
 def test_a_dense_neighbour_reads_the_input_itself(assert_rewrites):
@@ -100,7 +102,9 @@ def test_a_weight_stored_transposed_has_its_own_factor(assert_rewrites, product)
         return product(nm_select(x, factor, 2, 4), w)
 
     done = assert_rewrites(sparsify(NORM), product, after, X, KN, sites=1)
-    assert [one.key for one in done.factors] == [("weight_norm", True, None)]
+    assert [one.request for one in done.inputs.requests] == [
+        ScoreFactor("weight_norm", Matrix(True))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +119,8 @@ def test_a_weight_transposed_on_the_way_is_a_linear(assert_rewrites, transposed)
         return nm_select(x, factor, 2, 4) @ turned
 
     done = assert_rewrites(sparsify(NORM), before, after, X, W, sites=1)
-    assert [one.key for one in done.factors] == [("weight_norm", False, None)]
+    (factor,) = done.inputs.requests
+    assert factor.request == ScoreFactor("weight_norm")
 
 
 def test_only_the_activation_of_an_addmm_is_selected(assert_rewrites):

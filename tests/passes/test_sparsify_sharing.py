@@ -74,7 +74,7 @@ def test_two_inputs_are_two_selections(assert_rewrites):
         return linear(nm_select(x, factor, 2, 4), w), linear(nm_select(y, factor, 2, 4), w)
 
     done = assert_rewrites(sparsify(NORM), before, after, X, Y, W, sites=2)
-    assert len(done.factors) == 1
+    assert len(done.inputs.requests) == 1
 
 
 def test_a_module_called_twice_on_one_input_selects_once(assert_rewrites):
