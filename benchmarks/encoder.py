@@ -18,7 +18,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -123,11 +123,12 @@ def calibrated(
 
     text = batches_of(sentences(1, TO_CALIBRATE), tokenizer)
     found = {}
-    for copies, corrections in (("one copy", "free"), ("two copies", "all")):
+    for pattern, corrections in product(("2:4", "4:8", "8:16"), ("free", "all")):
         asked = {"corrections": corrections, "projections": PROJECTIONS, "coverage": covered}
-        plan = calibrate(model, text, **asked)
+        plan = calibrate(model, text, pattern=pattern, **asked)
         permute_channels(model, plan)
-        found[f"2:4 calibrated, {copies}"] = evaluate_encoder(model, batches, plan=plan)
+        name = f"{pattern} calibrated, {'one copy' if corrections == 'free' else 'two copies'}"
+        found[name] = evaluate_encoder(model, batches, plan=plan)
         permute_channels(model, plan, undo=True)
     return found
 
