@@ -46,7 +46,7 @@ class CalibrationOptions:
         rule: ``"paper"`` for the paper's projections.
         corrections: ``"free"``, ``"all"``, ``"none"``, or names of ``CORRECTIONS``.
         quantize: ``"int8"`` or ``"fp8"``, of every projection but heads and routers.
-        smooth: ``"outstanding"``, ``"smoothquant"`` or ``None``, where that is quantised.
+        smooth: ``"smoothquant"``, ``"outstanding"`` or ``None``, where that is quantised.
         alpha: exponent of the smoothing; that of its paper if not given.
         projections: fnmatch patterns of names that may be sparse.
         skip: fnmatch patterns of names that stay dense.
@@ -65,7 +65,7 @@ class CalibrationOptions:
     rule: str | None = None
     corrections: str | Iterable[str] = "free"
     quantize: str | None = None
-    smooth: str | None = "outstanding"
+    smooth: str | None = "smoothquant"
     alpha: float | None = None
     projections: Iterable[str] = ("*",)
     skip: Iterable[str] = ()

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rule", help="paper: the projections that the paper takes")
     add("--corrections", help="free (default), all, none, or names with commas between")
     add("--quantize", help="int8 or fp8: 8-bit weights and activations")
-    add("--smooth", help="outstanding (default), smoothquant or none, with --quantize")
+    add("--smooth", help="smoothquant (default), outstanding or none, with --quantize")
     add("--alpha", type=float, help="exponent of the smoothing")
     add("--projections", action="append", help="names that may be sparse, by fnmatch (all)")
     add("--skip", action="append", help="names to leave dense, by fnmatch")
