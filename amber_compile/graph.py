@@ -90,6 +90,16 @@ def _call_node(graph: Graph, site: Node, target: Any, args: Any, kwargs: Any) ->
     return node
 
 
+def erase_unread(graph: Graph, node: Node) -> None:
+    """Erase ``node`` if nothing reads it, and then what only it has read; inputs stay."""
+    if node.users or node.op in ("placeholder", "get_attr"):
+        return
+    sources = node.all_input_nodes
+    graph.erase_node(node)
+    for source in sources:
+        erase_unread(graph, source)
+
+
 def positions(gm: GraphModule) -> dict[Node, int]:
     """Return the position of every placeholder among the arguments."""
     return {node: at for at, node in enumerate(gm.graph.find_nodes(op="placeholder"))}

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from amber_compile.graph import insert_call
+from amber_compile.graph import erase_unread, insert_call
 from amber_compile.kernels.nm_linear import why_masked
 from amber_compile.passes.find_projections import LINEARS
 from amber_compile.projection import Projection, fake, value_of
@@ -98,7 +98,7 @@ def _fuse(gm: GraphModule, node: Node, selected: Node) -> None:
             *((alpha, beta) if end is not node else ()),
         )
     end.replace_all_uses_with(product)
-    _erase_unread(gm, end)
+    erase_unread(gm.graph, end)
 
 
 def _corrected(node: Node) -> tuple[Node, Node | None, Node | None]:
@@ -124,17 +124,6 @@ def _is_vector(node: Node) -> bool:
     value = value_of(node)
     known = node.op == "placeholder" and isinstance(value, torch.Tensor)
     return known and value.dim() == 1 and value.dtype == torch.float32
-
-
-def _erase_unread(gm: GraphModule, node: Node) -> None:
-    """Erase ``node`` and what only it reads, as far as the selection."""
-    if node.users or node.op in ("placeholder", "get_attr"):
-        return
-    sources = node.all_input_nodes
-    gm.graph.erase_node(node)
-    if node.target is not torch.ops.amber.nm_select.default:
-        for source in sources:
-            _erase_unread(gm, source)
 
 
 def _operand(node: Node, at: int) -> Node:

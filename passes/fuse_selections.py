@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 import amber_compile.kernels  # noqa: F401  # registers torch.ops.amber
-from amber_compile.graph import insert_call
+from amber_compile.graph import erase_unread, insert_call
 
 
 def fuse_selections(gm: GraphModule) -> int:
@@ -37,6 +37,4 @@ def _fuse(gm: GraphModule, node: Node, selected: Node) -> None:
         *(x, factor, smooth, n, m, dtype, *rest),
     )
     node.replace_all_uses_with(both)
-    gm.graph.erase_node(node)
-    if not selected.users:
-        gm.graph.erase_node(selected)
+    erase_unread(gm.graph, node)

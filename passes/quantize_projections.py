@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 import amber_compile.kernels  # noqa: F401  # registers torch.ops.amber
 from amber_compile.decision import Decision
 from amber_compile.derivations import Calibrated, Matrix, Quantized, WeightCodes, WeightScale
-from amber_compile.graph import insert_call, storage_of, written_storages
+from amber_compile.graph import erase_unread, insert_call, storage_of, written_storages
 from amber_compile.passes.derived_inputs import DerivedInputs
 from amber_compile.passes.find_projections import LINEARS
 from amber_compile.plan_tensors import PlanTensors
@@ -176,17 +176,8 @@ class _Quantizer:
         unread = node.all_input_nodes
         self._graph.erase_node(node)
         for operand in unread:
-            self._erase_unread(operand)
+            erase_unread(self._graph, operand)
         return new
-
-    def _erase_unread(self, node: Node) -> None:
-        """Erase a part or transpose of a weight that nothing reads any more."""
-        if node.op == "placeholder" or node.op == "get_attr" or node.users:
-            return
-        sources = node.all_input_nodes
-        self._graph.erase_node(node)
-        for source in sources:
-            self._erase_unread(source)
 
     def _smooth(self, product: Product) -> Calibrated | None:
         name = product.projection.name

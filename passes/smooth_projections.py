@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 
 import amber_compile.kernels  # noqa: F401  # registers torch.ops.amber
 from amber_compile.derivations import Calibrated, ScaledVector, WeightScale
-from amber_compile.graph import storage_of, written_storages
+from amber_compile.graph import erase_unread, storage_of, written_storages
 from amber_compile.naming import parameter_path
 from amber_compile.passes.derived_inputs import DerivedInputs
 from amber_compile.passes.fused_gate import PRODUCTS
@@ -178,7 +178,7 @@ class _Folder:
         request = ScaledVector(smooth, change.offset, dtype)
         new = self._inputs.node(change.parameter, request, "smooth_vector")
         change.user.replace_input_with(change.operand, new)
-        _erase_unread(self._graph, change.operand)
+        erase_unread(self._graph, change.operand)
 
     def _scale(self, product: Node, smooth: Calibrated) -> None:
         held = product.args[3]
@@ -223,13 +223,6 @@ def _source(node: Node) -> Node:
     source = node.args[0]
     assert isinstance(source, Node)
     return source
-
-
-def _erase_unread(graph: Graph, node: Node) -> None:
-    while node.op != "placeholder" and not node.users:
-        source = node.all_input_nodes[0]
-        graph.erase_node(node)
-        node = source
 
 
 def _words(node: Node) -> str:
