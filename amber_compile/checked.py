@@ -24,7 +24,7 @@ from .binding import Compiled
 from .debug.output_error import relative_error, worse
 from .passes.quantize_projections import Product
 from .report import GraphReport
-from .rewrite import Rewritten
+from .rewritten import Rewritten
 
 
 class Checked:

@@ -21,7 +21,7 @@ from .graph import copy_graph, positions
 from .naming import full_name
 from .rebuild import is_codes
 from .report import GraphReport, Site
-from .rewrite import Rewritten
+from .rewritten import Rewritten
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from .plan import Plan
 from .quantization import Quantization
 from .release import matrices_read, refuse_released
 from .report import GraphReport
-from .rewrite import rewrite
+from .rewritten import rewrite_graph
 from .settings import Settings
 from .stages import Stages, code_recorded
 from .traced import traced
@@ -48,7 +48,7 @@ def compile_variants(
 ) -> Compiled:
     """Compile every variant of a graph and return the callable that chooses among them.
 
-    Without ``fuse`` selections stay nodes of their own (rewrite.py). With ``release`` the weights
+    Without ``fuse`` selections stay nodes of their own (rewritten.py). With ``release`` the weights
     that ``decode=`` makes superfluous are released (release.py).
 
     Raises:
@@ -129,9 +129,9 @@ def _compile_sparse(
     fuse: bool,
 ) -> Built:
     started = time.perf_counter()
-    rewritten = rewrite(analysis, decisions, stages, fuse=fuse)
+    rewritten = rewrite_graph(analysis, decisions, stages, fuse=fuse)
     # The compiler owns what it is given, and may change it.
-    twin = rewrite(analysis, decisions, fuse=False) if analysis.config.check else None
+    twin = rewrite_graph(analysis, decisions, fuse=False) if analysis.config.check else None
     report.seconds += time.perf_counter() - started
     inputs = [*analysis.inputs, *rewritten.values]
     with code_recorded(report):

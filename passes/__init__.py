@@ -13,7 +13,7 @@
     verify                  the graph still means what it records
 
 They run in this order. The first four look (``amber_compile/analysis.py``); then a copy of the
-graph is changed and verified (``amber_compile/rewrite.py``).
+graph is changed and verified (``amber_compile/rewritten.py``).
 """
 
 from amber_compile.passes.classify_phase import Phase, classify_phase

@@ -67,7 +67,7 @@ def check(
 class Rewriter:
     """A backend that rewrites graphs by ``config`` and hands them to ``inner``; records nothing.
 
-    Without ``fuse`` selections stay nodes of their own (rewrite.py).
+    Without ``fuse`` selections stay nodes of their own (rewritten.py).
 
     Attributes:
         graphs: a report of each graph.

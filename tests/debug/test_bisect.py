@@ -229,7 +229,7 @@ def test_a_pass_that_fuses_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
         gm.recompile()
         return fused
 
-    monkeypatch.setattr("amber_compile.rewrite.fuse_projections", fuse)
+    monkeypatch.setattr("amber_compile.rewritten.fuse_projections", fuse)
     found = bisect(Deep(wide=3), X, bound=0.005, compiler=None, **DOWN | {"pattern": "4:4"})
     assert [step.name for step in found.steps] == ["method", "kernels", "fuse_projections"]
     assert found.blamed == "fuse_projections"

@@ -21,7 +21,7 @@ from amber_compile.derived import derive
 from amber_compile.kernels.prepared_weight import unprepare
 from amber_compile.plan import PlannedSite
 from amber_compile.quantization import Quantization
-from amber_compile.rewrite import Rewritten, rewrite
+from amber_compile.rewritten import Rewritten, rewrite_graph
 
 QUANTIZE, LINEAR = torch.ops.amber.quantize_rows.default, torch.ops.amber.quantized_linear.default
 CASTS = {"to", "float", "type_as"}
@@ -66,7 +66,7 @@ def both(model: nn.Module, inputs: dict[str, Tensor], plan: Plan) -> Iterator[Re
         config = replace(analysis.config, fold_smooth=fold)
         changed = replace(analysis, config=config)
         with torch.no_grad():
-            yield rewrite(changed, changed.decisions(changed.names[0]))
+            yield rewrite_graph(changed, changed.decisions(changed.names[0]))
     del analysis
 
 

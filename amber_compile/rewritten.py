@@ -61,7 +61,7 @@ class Rewritten:
         return len(quantized | {site.node for site, _ in self.sites})
 
 
-def rewrite(
+def rewrite_graph(
     analysis: Analysis,
     decisions: Decisions,
     stages: Stages | None = None,

@@ -6,13 +6,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import linear, silu
 
-from amber_compile import AmberConfig, rewrite
+from amber_compile import AmberConfig
+from amber_compile import rewritten as rewriting
 from amber_compile.analysis import Analysis
 from amber_compile.derivations import Matrix, ScoreFactor
 from amber_compile.derived import derive
 from amber_compile.errors import VerifyError
 from amber_compile.kernels import nm_select
-from amber_compile.rewrite import Rewritten
+from amber_compile.rewritten import Rewritten
 
 X = torch.randn(2, 8, 16)
 
@@ -43,7 +44,7 @@ def analyse(function, *inputs, dynamic=None, **options) -> Analysis:
 
 @torch.no_grad()
 def rewritten(analysis: Analysis) -> Rewritten:
-    return rewrite.rewrite(analysis, analysis.decisions(analysis.names[0]))
+    return rewriting.rewrite_graph(analysis, analysis.decisions(analysis.names[0]))
 
 
 @torch.no_grad()
@@ -221,7 +222,7 @@ def test_what_was_left_dense_can_be_rewritten_later():
 
 
 def test_a_broken_rewrite_is_noticed(monkeypatch):
-    sparsify = rewrite.sparsify_projections
+    sparsify = rewriting.sparsify_projections
 
     def careless(gm, decided, *rest):
         done = sparsify(gm, decided, *rest)
@@ -229,6 +230,6 @@ def test_a_broken_rewrite_is_noticed(monkeypatch):
         query.node.replace_input_with(query.weight, down.weight)
         return done
 
-    monkeypatch.setattr(rewrite, "sparsify_projections", careless)
+    monkeypatch.setattr(rewriting, "sparsify_projections", careless)
     with pytest.raises(VerifyError, match="linear"):
         rewritten(analyse(Block()))
