@@ -12,6 +12,7 @@ permute_channels the channel order that a plan was made for, folded into the wei
 check            the error of every site and of the output, dense and sparse side by side
 bisect           which step and which site cause an error above a bound
 restore          values for weights that decode= released
+rewrite          a program that somebody else compiles, runs or saves: FX graph, exported program
 refresh          weights were changed behind PyTorch's back
 register_model   names for the weights of a model that is compiled in parts
 """
@@ -51,6 +52,7 @@ __all__ = [
     "refresh",
     "register_model",
     "restore",
+    "rewrite",
 ]
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from .debug.compare import check
     from .evaluation import evaluate
     from .permute import permute_channels
+    from .programs import rewrite
     from .release import restore
 
 LATER = {
@@ -68,6 +71,7 @@ LATER = {
     "evaluate": "evaluation",
     "permute_channels": "permute",
     "restore": "release",
+    "rewrite": "programs",
 }
 """Names that are imported when they are first asked for: Amber itself is imported in no time."""
 

@@ -24,7 +24,7 @@ from .graph import positions
 from .kernel_names import kernel_of
 from .kernels.codes import CODES
 from .kernels.prepared_weight import prepared_shape
-from .naming import owners, registered_shapes
+from .naming import PARAMETER, owners, registered_shapes
 from .passes.classify_phase import Phase, classify_phase, fixed_tokens, token_hints
 from .passes.decide import decide
 from .passes.decide_quantization import decide_quantization
@@ -50,6 +50,7 @@ class Analysis:
         gm: the graph, never changed.
         inputs: its example inputs; real tensors where Dynamo has them.
         config: the options.
+        held: the weight behind each node that something may be derived from: real, or fake.
         projections: its projections in execution order.
         phase: prefill, decode or unknown.
         names: the projections' qualified names for each owner; that of ``inputs`` first.
@@ -61,24 +62,30 @@ class Analysis:
     projections: Sequence[Projection]
     phase: Phase
     names: Sequence[Names]
+    held: Mapping[Node, Any]
 
     @classmethod
-    def of(cls, gm: GraphModule, inputs: Sequence[Any], config: AmberConfig) -> Analysis:
-        """Analyse ``gm``."""
+    def of(
+        cls,
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        config: AmberConfig,
+        held: Mapping[Node, Any] | None = None,
+        phase: Phase | None = None,
+    ) -> Analysis:
+        """Analyse ``gm``; ``held`` and ``phase`` where its inputs and its graph do not tell."""
         projections = find_projections(gm)
-        at = positions(gm)
-        weights = [inputs[at[one.weight]] if one.weight in at else None for one in projections]
-        phase = classify_phase(projections)
-        return cls(gm, inputs, config, projections, phase, owners(projections, weights))
-
-    @cached_property
-    def _at(self) -> dict[Node, int]:
-        return positions(self.gm)
+        if held is None:
+            held = dict(zip(positions(gm), inputs, strict=False))
+        named = owners(projections, [held.get(one.weight) for one in projections])
+        phase = phase or classify_phase(projections)
+        return cls(gm, inputs, config, projections, phase, named, held)
 
     @cached_property
     def positions(self) -> Sequence[int]:
         """Argument positions of the projections' weights."""
-        return [self._at[one.weight] for one in self.projections if one.weight in self._at]
+        at = positions(self.gm)
+        return [at[one.weight] for one in self.projections if one.weight in at]
 
     @cached_property
     def needs_grad(self) -> bool:
@@ -169,7 +176,7 @@ class Analysis:
         """Return why a site cannot have what its quantisation needs, or None."""
         if decision.quantization is None:
             return None
-        if projection.weight not in self._at:
+        if projection.weight not in self.held:
             return "its weight is a constant of the graph, and its codes follow an input"
         tensors = self.tensors or PlanTensors()
         if decision.quantization.smooth and "smooth" not in tensors.names(projection.name):
@@ -188,9 +195,9 @@ class Analysis:
         factor = factor_of(projection, settings, tensors)
         if factor is None and not settings.tensors:
             return None
-        if projection.weight not in self._at:
+        if projection.weight not in self.held:
             return "its weight is a constant of the graph, and a factor follows an input"
-        weight = self.inputs[self._at[projection.weight]]
+        weight = self.held[projection.weight]
         if own and settings.permuted:
             matrix = Matrix(projection.transposed).of(weight)
             return why_not_permuted(matrix, tensors, projection.name)
@@ -230,12 +237,16 @@ class Analysis:
     def _model_shapes(self, shapes: Shapes) -> tuple[Shapes, list[tuple[int, ...]]]:
         """Return the projections and all parameter shapes of the model, as far as known."""
         known: Shapes = {}
-        for at in self.positions:
-            known = known or registered_shapes(self.inputs[at])
+        for projection in self.projections:
+            known = known or registered_shapes(self.held.get(projection.weight))
         if known:
             return {**known, **shapes}, list(known.values())
-        values = map(value_of, self.gm.graph.find_nodes(op="placeholder"))
-        return shapes, [tuple(v.shape) for v in values if isinstance(v, torch.nn.Parameter)]
+        nodes = [node for node in self.gm.graph.nodes if node.op in ("placeholder", "get_attr")]
+        return shapes, [tuple(fake(node).shape) for node in nodes if _is_parameter(node)]
+
+
+def _is_parameter(node: Node) -> bool:
+    return isinstance(value_of(node), torch.nn.Parameter) or PARAMETER in node.meta
 
 
 def _code_bytes(projection: Projection, decision: Decision) -> int:

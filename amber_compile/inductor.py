@@ -22,6 +22,12 @@ from .binding import Compiled
 from .config import AmberConfig
 from .errors import OptionError, choices
 
+HASHED = (
+    *("amber_compile", "amber_compile.integrations", "amber_compile.kernels"),
+    *("amber_compile.passes", "amber_compile.programs"),
+)
+"""The packages that decide what a rewritten graph is."""
+
 
 def compile_with_inductor(
     gm: GraphModule, inputs: Sequence[Any], config: AmberConfig, rewritten: bool
@@ -62,7 +68,7 @@ def _cache_tag() -> Iterator[None]:
 def source_hash() -> str:
     """Return a hash of the sources of Amber's passes, kernels and compiler."""
     digest = hashlib.sha256()
-    for package in ("amber_compile", "amber_compile.passes", "amber_compile.kernels"):
+    for package in HASHED:
         for source in sorted(resources.files(package).iterdir(), key=lambda entry: entry.name):
             if source.name.endswith(".py"):
                 digest.update(source.name.encode())

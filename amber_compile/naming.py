@@ -26,6 +26,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .projection import Projection
 
 _STEP = re.compile(r"""\.([^.\[\]]+)|\[(?:'([^']*)'|"([^"]*)"|(\d+))\]""")
+PARAMETER = "amber_parameter"
+"""Key in the ``meta`` of a node that is a weight: its qualified name, "" if that is not known."""
 _UNNAMED = ("_modules", "_parameters", "_buffers", "_orig_mod")
 """Steps on the way to a weight that are no part of its name."""
 
@@ -168,11 +170,14 @@ def _owner(parameter: str) -> str:
 def module_path(node: Node) -> str:
     """Return where the call lies: the innermost module's path below the compiled object."""
     stack = node.meta.get("nn_module_stack") or {}
-    return _path(str(list(stack.values())[-1][0])) if stack else ""
+    source = str(list(stack.values())[-1][0]) if stack else ""
+    return _path(source) if "[" in source else _without_wrappers(source)  # export gives names
 
 
 def parameter_path(parameter: Node) -> str:
     """Return the path of a graph input below the compiled object: ``layers.0.q_proj.weight``."""
+    if PARAMETER in parameter.meta:
+        return _without_wrappers(str(parameter.meta[PARAMETER]))
     if parameter.op == "get_attr":
         return str(parameter.target)
     source = str(getattr(getattr(parameter, "_dynamo_source", None), "name", ""))

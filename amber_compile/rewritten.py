@@ -26,6 +26,7 @@ from .passes.quantize_projections import (
 )
 from .passes.smooth_projections import FOLDED, smooth_projections
 from .passes.sparsify_projections import Decided, sparsify_projections
+from .passes.spell_in_aten import is_aten, spell_in_aten
 from .passes.verify import verify
 from .projection import Projection, fake, fake_mode_of
 from .release import matrices_read
@@ -67,23 +68,36 @@ def rewrite_graph(
     stages: Stages | None = None,
     *,
     fuse: bool = True,
+    inputs: type[DerivedInputs] = DerivedInputs,
+    in_place: bool = False,
 ) -> Rewritten:
     """Rewrite a copy of the graph by ``decisions``, one for each projection.
 
-    ``stages`` takes down the graph after each pass. Without ``fuse`` selections stay nodes of
-    their own, even where one kernel would take them with what follows.
+    Args:
+        analysis: of the graph.
+        decisions: what becomes of each of its projections.
+        stages: takes down the graph after each pass.
+        fuse: without it selections stay nodes of their own, even where one kernel would take them
+            with what follows.
+        inputs: how the graph gets what is derived from its weights.
+        in_place: rewrite the graph itself.
     """
-    gm, nodes = copy_graph(analysis.gm)
+    in_aten = is_aten(analysis.gm)
+    gm, nodes = (analysis.gm, {}) if in_place else copy_graph(analysis.gm)
     projections = [_moved(projection, nodes) for projection in analysis.projections]
-    work = _Work(analysis, gm, list(zip(projections, decisions, strict=True)), stages)
+    decided = list(zip(projections, decisions, strict=True))
+    work = _Work(analysis, gm, decided, stages, inputs(gm))
     work.sparsify()
     work.quantize()
     work.smooth(fold=fuse and analysis.config.fold_smooth)
     if fuse:
         work.fuse()
+    if in_aten:
+        spell_in_aten(gm)
     at = positions(gm)
-    derived = tuple(Derived(at[one.weight], one.request) for one in work.inputs.requests)
-    values = [_input_like(fake(node)) for node in list(at)[len(analysis.inputs) :]]
+    asked = [(wanted, node) for wanted, node in work.inputs.items() if node in at]
+    derived = tuple(Derived(at[wanted.weight], wanted.request) for wanted, _ in asked)
+    values = [_input_like(fake(node)) for _, node in asked]
     products = tuple(work.products)
     reads = matrices_read(gm)
     return Rewritten(gm, derived, values, work.sites, reads, products, work.smoothing)
@@ -93,7 +107,12 @@ class _Work:
     """A graph on its way through the passes, verified and taken down after each."""
 
     def __init__(
-        self, analysis: Analysis, gm: GraphModule, decided: Decided, stages: Stages | None
+        self,
+        analysis: Analysis,
+        gm: GraphModule,
+        decided: Decided,
+        stages: Stages | None,
+        inputs: DerivedInputs,
     ) -> None:
         self._analysis = analysis
         self._gm = gm
@@ -102,7 +121,7 @@ class _Work:
         self._halves: Halves = {}
         self.products: list[tuple[Product, Node | None]] = []
         self.smoothing: dict[str, str] = {}
-        self.inputs = DerivedInputs(gm)
+        self.inputs = inputs
         self.sites: list[tuple[Projection, Node]] = []
 
     def sparsify(self) -> None:

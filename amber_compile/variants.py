@@ -59,7 +59,7 @@ def compile_variants(
     """
     started = time.perf_counter()
     owners = {names: analysis.decisions(names) for names in analysis.names}
-    _tell_obstacles(analysis, owners)
+    tell_obstacles(analysis, owners)
     report.traced = traced(analysis, owners)
     report.plan = analysis.config.plan if isinstance(analysis.config.plan, Plan) else None
     report.seconds += time.perf_counter() - started
@@ -156,7 +156,7 @@ def _kept_dense(decision: Decision, failure: str) -> Decision:
     return replace(decision, settings=None, reason=failure, obstacle=True)
 
 
-def _tell_obstacles(analysis: Analysis, owners: Mapping[Names, Decisions]) -> None:
+def tell_obstacles(analysis: Analysis, owners: Mapping[Names, Decisions]) -> None:
     """Raise under ``strict=True`` for what was planned sparse and cannot be; warn of gradients."""
     obstacles = [
         f"{name}: {reason}"

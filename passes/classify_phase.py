@@ -20,10 +20,11 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from amber_compile.passes.weight_operand import operation
 from amber_compile.projection import Projection, fake
 
 Phase = Literal["prefill", "decode", "unknown"]
-RESHAPES = {"view", "reshape", "flatten", "contiguous"}
+RESHAPES = {"view", "reshape", "flatten", "contiguous", "_unsafe_view"}
 
 
 def classify_phase(projections: Sequence[Projection]) -> Phase:
@@ -81,4 +82,4 @@ def reshapes_of(x: Node) -> list[Node]:
 
 
 def _is_reshape(node: Node) -> bool:
-    return node.op == "call_method" and node.target in RESHAPES
+    return node.op in ("call_method", "call_function") and operation(node) in RESHAPES

@@ -13,15 +13,20 @@ from __future__ import annotations
 import operator
 from dataclasses import replace
 
+import torch
 from torch.fx import GraphModule, Node
 
 from amber_compile.derivations import Calibrated
-from amber_compile.graph import append_call
+from amber_compile.graph import append_call, erase_unread, insert_call
 from amber_compile.passes.derived_inputs import DerivedInputs
-from amber_compile.passes.find_projections import LINEARS
+from amber_compile.passes.find_projections import LINEARS, SPELLINGS
 from amber_compile.plan_tensors import PlanTensors
 from amber_compile.projection import Projection, fake
 from amber_compile.settings import Settings
+
+aten = torch.ops.aten
+UPDATED = LINEARS | {aten.mm.default, aten.addmm.default}
+"""Products whose weight may be another one in prefill."""
 
 
 def correct_outputs(
@@ -49,7 +54,11 @@ def correct_outputs(
         return inputs.node(projection.weight, request, name)
 
     if settings.updated_weight and weight:
-        node.replace_input_with(weight_of(node), calibrated("weight", rows, projection.channels))
+        before, updated = weight_of(node), calibrated("weight", rows, projection.channels)
+        if node.target not in LINEARS:
+            updated = insert_call(gm.graph, node, aten.permute.default, updated, [1, 0])
+        node.replace_input_with(before, updated)
+        erase_unread(gm.graph, before)
         done += 1
     end = node
     if settings.output_scale and epilogue:
@@ -65,7 +74,7 @@ def correct_outputs(
 
 def why_not_corrected(projection: Projection, settings: Settings) -> str | None:
     """Return what prevents the corrections that ``settings`` ask for, or None."""
-    if settings.updated_weight and projection.node.target not in LINEARS:
+    if settings.updated_weight and projection.node.target not in UPDATED:
         return f"updated_weight of a {projection.operator}; valid: linear"
     if len(projection.shape) == 3 and (settings.output_scale or settings.output_bias):
         return "output_scale and output_bias of grouped experts"
@@ -73,8 +82,9 @@ def why_not_corrected(projection: Projection, settings: Settings) -> str | None:
 
 
 def weight_of(node: Node) -> Node:
-    """Return the weight operand of a ``linear`` node."""
-    weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+    """Return the weight operand of a ``linear`` node, or of one that updates may follow."""
+    at = SPELLINGS[node.target].weight
+    weight = node.args[at] if len(node.args) > at else node.kwargs["weight"]
     assert isinstance(weight, Node)
     return weight
 

@@ -16,6 +16,7 @@ import amber_compile.kernels  # noqa: F401  # registers torch.ops.amber
 from amber_compile.decision import Decision, blocked, dense, sparse
 from amber_compile.passes.classify_phase import RESHAPES, Phase, reshapes_of
 from amber_compile.passes.correct_outputs import why_not_corrected
+from amber_compile.passes.weight_operand import operation
 from amber_compile.projection import Projection, fake
 from amber_compile.settings import Settings
 
@@ -90,7 +91,7 @@ def why_not(projection: Projection, settings: Settings) -> str | None:
 
 def is_selected(x: Node) -> bool:
     """Whether ``x`` is a selection, seen through reshapes."""
-    while x.op == "call_method" and x.target in {*RESHAPES, "view_as"}:
+    while x.all_input_nodes and operation(x) in {*RESHAPES, "view_as"}:
         x = x.all_input_nodes[0]
     return x.target is torch.ops.amber.nm_select.default
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from amber_compile.derivations import Derivation
@@ -40,6 +41,10 @@ class DerivedInputs:
     def requests(self) -> list[DerivedInput]:
         return list(self._nodes)
 
+    def items(self) -> list[tuple[DerivedInput, Node]]:
+        """Return each request and where it is in the graph, in their order."""
+        return list(self._nodes.items())
+
     def node(self, weight: Node, request: Derivation, name: str) -> Node:
         """Return the placeholder of ``request``, called ``amber_<name>_<number>`` if it is new."""
         wanted = DerivedInput(weight, request)
@@ -48,8 +53,12 @@ class DerivedInputs:
             with fake_mode_of(value):
                 empty = request.like(value)
             title = f"amber_{name}_{len(self._nodes)}"
-            self._nodes[wanted] = add_input(self._graph, title, empty)
+            self._nodes[wanted] = self._make(wanted, title, empty)
         return self._nodes[wanted]
+
+    def _make(self, wanted: DerivedInput, title: str, empty: torch.Tensor) -> Node:
+        """Return the node of a new request, whose tensor will be like ``empty``."""
+        return add_input(self._graph, title, empty)
 
     def asked(self, node: Node) -> DerivedInput | None:
         """Return what the placeholder ``node`` holds, if it is one of these."""

@@ -27,7 +27,10 @@ from torch.fx import GraphModule, Node
 
 from amber_compile.graph import erase_unread, insert_call
 from amber_compile.kernels.nm_linear import why_masked
+from amber_compile.passes.correct_outputs import UPDATED, weight_of
 from amber_compile.passes.find_projections import LINEARS
+from amber_compile.passes.quantize_projections import operands_of
+from amber_compile.passes.weight_operand import operation
 from amber_compile.projection import Projection, fake, value_of
 from amber_compile.settings import Settings
 
@@ -41,10 +44,11 @@ def why_separate(projection: Projection, settings: Settings) -> str | None:
         if settings.dense_prefix and fake(projection.x).dim() < 3:
             return "dense_prefix of a flattened input"
         return why_masked(fake(projection.x), fake(_operand(node, 2)), *how)
-    if node.target not in LINEARS:
+    operands = _operands(node)
+    if operands is None:
         return f"{projection.operator} has no sparse kernel"
     x, y = fake(projection.x), fake(node)
-    weight = fake(_operands(node)["weight"])
+    weight = fake(operands["weight"])
     if y.dtype != x.dtype or weight.dtype != x.dtype:
         return f"{x.dtype} x {weight.dtype} -> {y.dtype}: one type is needed"
     if settings.part == "gate":
@@ -91,7 +95,7 @@ def _fuse(gm: GraphModule, node: Node, selected: Node) -> None:
         )
         end = node
     else:
-        operands, (end, alpha, beta) = _operands(node), _corrected(node)
+        operands, (end, alpha, beta) = _operands(node) or {}, _corrected(node)
         product = insert_call(
             *(gm.graph, end, torch.ops.amber.nm_linear.default),
             *(x, operands["weight"], operands.get("bias"), factor, n, m, *rest[:3]),
@@ -120,9 +124,10 @@ def _corrected(node: Node) -> tuple[Node, Node | None, Node | None]:
 
 
 def _is_vector(node: Node) -> bool:
-    """Whether ``node`` is one number an output in fp32, given to the graph."""
+    """Whether ``node`` is one number an output in fp32, given to the graph or derived in it."""
     value = value_of(node)
-    known = node.op == "placeholder" and isinstance(value, torch.Tensor)
+    given = node.op == "placeholder" or operation(node) == "derive"
+    known = given and isinstance(value, torch.Tensor)
     return known and value.dim() == 1 and value.dtype == torch.float32
 
 
@@ -132,5 +137,14 @@ def _operand(node: Node, at: int) -> Node:
     return operand
 
 
-def _operands(node: Node) -> dict[str, Any]:
-    return dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+def _operands(node: Node) -> dict[str, Any] | None:
+    """Return input, weight [N, K] and bias of a product, or None if it is spelt otherwise."""
+    if node.target in LINEARS:
+        return dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+    found = operands_of(node)
+    if found is None or node.target not in UPDATED:
+        return None
+    transposed = weight_of(node)
+    if operation(transposed) not in ("permute", "t") or len(transposed.all_input_nodes) != 1:
+        return None
+    return {"input": found.x, "weight": transposed.all_input_nodes[0], "bias": found.bias}

@@ -30,7 +30,9 @@ from amber_compile.plan_tensors import PlanTensors
 from amber_compile.projection import Projection, fake
 from amber_compile.quantization import Quantization
 
-MATMULS = (torch.mm, torch.matmul, operator.matmul, "mm", "matmul", "__matmul__")
+aten = torch.ops.aten
+MATMULS = (torch.mm, torch.matmul, operator.matmul, "mm", "matmul", "__matmul__", aten.mm.default)
+ADDMMS = (torch.addmm, aten.addmm.default)
 Halves = Mapping[Node, tuple[Node, Node]]
 """The gate and the up half of each fused projection that was split."""
 Same = Callable[[str, str, str], bool]
@@ -115,7 +117,7 @@ def operands_of(node: Node) -> Operands | None:
     names = ("input", "weight", "bias")
     if node.target in LINEARS:
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    elif node.target is torch.addmm and len(node.args) == 3 and not node.kwargs:
+    elif node.target in ADDMMS and len(node.args) == 3 and not node.kwargs:
         given = dict(zip(("bias", "input", "weight"), node.args, strict=True))
     elif node.target in MATMULS and len(node.args) == 2 and not node.kwargs:
         given = {"input": node.args[0]}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, Node
 
+from amber_compile.naming import PARAMETER
 from amber_compile.projection import fake, value_of
 
 aten = torch.ops.aten
@@ -81,7 +82,7 @@ def is_parameter(node: Node) -> bool:
     value = value_of(node)
     if not isinstance(value, torch.Tensor):
         return False
-    if isinstance(value, torch.nn.Parameter):
+    if isinstance(value, torch.nn.Parameter) or PARAMETER in node.meta:
         return True
     if not value.is_floating_point() and value.dtype not in QUANTISED:
         return False

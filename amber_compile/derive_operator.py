@@ -1,0 +1,48 @@
+"""The operator ``amber::derive``: what follows from a weight, looked up while a graph runs.
+
+    factor = derive(weight, '{"is":"ScoreFactor","score":"weight_norm",...}')
+
+For graphs that cannot be given further inputs: those of a pass in somebody else's pipeline. The
+tensor is computed once per weight and again after the weight was written to (derived.py), as for
+the backend. What comes out is a copy: a compiler may reuse the memory of what an operator returns.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .derived import derive as look_up
+from .kernels.registration import LIBRARY, define
+from .request_text import from_text
+
+# ---- reference -----------------------------------------------------------------------------------
+
+
+def derive_reference(weight: torch.Tensor, request: str) -> torch.Tensor:
+    """Compute what ``request`` makes of ``weight``: the definition of the operator.
+
+    Raises:
+        OptionError: if the weight has none, for it is not finite.
+        PlanError: if it is a tensor of a plan that is not loaded or lacks it.
+    """
+    return from_text(request).compute(weight).clone()
+
+
+# ---- look-up -------------------------------------------------------------------------------------
+
+
+def _derive(weight: torch.Tensor, request: str) -> torch.Tensor:
+    return look_up(weight, from_text(request)).clone()
+
+
+# ---- operator ------------------------------------------------------------------------------------
+
+
+def _fake(weight: torch.Tensor, request: str) -> torch.Tensor:
+    return from_text(request).like(weight)
+
+
+derive = define("derive(Tensor weight, str request) -> Tensor", derive_reference, _fake)
+
+LIBRARY.impl("derive", _derive, "CPU")
+LIBRARY.impl("derive", _derive, "CUDA")
