@@ -4,12 +4,16 @@
 
 For graphs that cannot be given further inputs: those of a pass in somebody else's pipeline. The
 tensor is computed once per weight and again after the weight was written to (derived.py), as for
-the backend. What comes out is a copy: a compiler may reuse the memory of what an operator returns.
+the backend, and kept as long as the weight lives: no graph holds it. What comes out is a copy, for
+a compiler may reuse the memory of what an operator returns.
 """
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .derived import derive as look_up
 from .kernels.registration import LIBRARY, define
@@ -31,8 +35,13 @@ def derive_reference(weight: torch.Tensor, request: str) -> torch.Tensor:
 # ---- look-up -------------------------------------------------------------------------------------
 
 
+_kept: MutableMapping[torch.Tensor, dict[str, torch.Tensor]] = WeakIdKeyDictionary()
+
+
 def _derive(weight: torch.Tensor, request: str) -> torch.Tensor:
-    return look_up(weight, from_text(request)).clone()
+    tensor = look_up(weight, from_text(request))
+    _kept.setdefault(weight, {})[request] = tensor
+    return tensor.clone()
 
 
 # ---- operator ------------------------------------------------------------------------------------

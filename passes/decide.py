@@ -16,6 +16,7 @@ import amber_compile.kernels  # noqa: F401  # registers torch.ops.amber
 from amber_compile.decision import Decision, blocked, dense, sparse
 from amber_compile.passes.classify_phase import RESHAPES, Phase, reshapes_of
 from amber_compile.passes.correct_outputs import why_not_corrected
+from amber_compile.passes.find_projections import is_own
 from amber_compile.passes.weight_operand import operation
 from amber_compile.projection import Projection, fake
 from amber_compile.settings import Settings
@@ -49,6 +50,8 @@ def decide(
     choice = choose(projection)
     if isinstance(choice, str):
         return dense(choice)
+    if is_own(projection.node):
+        return dense("it is rewritten already")
     if is_selected(projection.x):
         return dense("its input is already a selection")
     if phase == "decode":

@@ -14,6 +14,7 @@ import torch
 from amber_compile.decision import Decision, unquantized
 from amber_compile.passes.classify_phase import Phase
 from amber_compile.passes.decide import DEVICES, is_subclass
+from amber_compile.passes.find_projections import is_own
 from amber_compile.passes.quantize_projections import operands_of
 from amber_compile.projection import Projection, fake
 from amber_compile.quantization import Quantization
@@ -48,6 +49,8 @@ def decide_quantization(
     choice = choose(projection)
     if choice is None:
         return decision
+    if is_own(projection.node):
+        return replace(decision, unquantized="it is rewritten already")
     if isinstance(choice, str):
         return replace(decision, unquantized=choice)
     if phase == "decode" and not decode:

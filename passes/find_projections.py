@@ -50,8 +50,12 @@ SPELLINGS: dict[Any, Spelling] = {
     **dict.fromkeys((torch.baddbmm, aten.baddbmm.default, "baddbmm"), ADDMM),
 }
 LINEARS = frozenset(target for target, spelling in SPELLINGS.items() if spelling is LINEAR)
+SPLIT = LINEARS | {aten.mm.default, aten.addmm.default}
+"""Matrix products that may be split into two by the rows of their weight; grouped ones may too."""
 KEYWORDS = {0: ("input", "self"), 1: ("weight", "mat2", "other", "mat1", "batch1")}
 KEYWORDS_OF_THREE = {1: ("mat1", "batch1"), 2: ("mat2", "batch2")}
+OWN = {"nm_linear", "nm_quantized_linear", "quantized_linear"}
+"""Amber's own products: of a graph that is rewritten already."""
 GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
 OPAQUE = {
     *("einsum", "tensordot", "inner", "bilinear", "multi_dot", "linalg_multi_dot"),
@@ -81,6 +85,9 @@ def _walk(gm: GraphModule, weights: Weights) -> Iterator[Projection]:
 
 
 def _match(node: Node, weights: Weights) -> Iterator[Projection]:
+    if is_own(node):
+        yield from _own(node, weights)
+        return
     if operation(node) in OPAQUE:
         yield from _opaque(node, weights)
         return
@@ -106,7 +113,7 @@ def _projection(node: Node, x: Node, weight: WeightOperand, spelling: Spelling) 
     transposed = spelling.kn != weight.transposed
     if transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
-    splittable = spelling is LINEAR or operation(node) in GROUPED
+    splittable = node.target in SPLIT or operation(node) in GROUPED
     return Projection(
         name=site_name(node, weight.parameter),
         node=node,
@@ -134,6 +141,30 @@ def _why_unsupported(node: Node, weight: WeightOperand, spelling: Spelling) -> s
     if dimensions == 3 and "offs" not in node.kwargs:
         return "its weight is a stack of matrices, and only grouped_mm says which rows meet which"
     return None
+
+
+def is_own(node: Node) -> bool:
+    """Whether ``node`` is a product that Amber has put into the graph."""
+    target = node.target
+    is_amber = isinstance(target, torch._ops.OpOverload) and target.namespace == "amber"
+    return is_amber and operation(node) in OWN
+
+
+def _own(node: Node, weights: Weights) -> Iterator[Projection]:
+    """Yield the projection that ``node`` was before it was rewritten."""
+    x = node.all_input_nodes[0]
+    matrices = [one for one in node.all_input_nodes[1:] if _is_matrix(one, weights)]
+    if matrices:
+        parameter = weights[matrices[0]].parameter
+        yield Projection(
+            name=site_name(node, parameter),
+            node=node,
+            x=x,
+            weight=parameter,
+            shape=(int(fake(node).shape[-1]), int(fake(x).shape[-1])),
+            transposed=False,
+            operator=_spelling(node),
+        )
 
 
 def _opaque(node: Node, weights: Weights) -> Iterator[Projection]:

@@ -30,16 +30,18 @@ from torch.fx import GraphModule, Node
 import amber_compile.kernels  # noqa: F401  # registers torch.ops.amber
 from amber_compile.decision import Decision
 from amber_compile.derivations import Calibrated, Derivation, Matrix, ScoreFactor
-from amber_compile.graph import insert_call, storage_of, written_storages
+from amber_compile.graph import erase_unread, insert_call, storage_of, written_storages
 from amber_compile.passes.classify_phase import reshapes_of
 from amber_compile.passes.correct_outputs import correct_outputs
 from amber_compile.passes.derived_inputs import DerivedInputs
-from amber_compile.passes.fused_gate import halves_of
+from amber_compile.passes.find_projections import LINEARS
+from amber_compile.passes.fused_gate import halves_of, reshaped
 from amber_compile.passes.quantize_projections import takes_epilogue
 from amber_compile.plan_tensors import PlanTensors
 from amber_compile.projection import Projection, fake
 from amber_compile.settings import CALIBRATED, Settings
 
+aten = torch.ops.aten
 Decided = Sequence[tuple[Projection, Decision]]
 
 
@@ -157,26 +159,35 @@ def _split_gate(gm: GraphModule, projection: Projection) -> tuple[Node, Node]:
     halves = halves_of(node)
     assert halves is not None, "decide() lets only visible halves pass"
     parts = [_part(gm, projection, slice(0, rows)), _part(gm, projection, slice(rows, None))]
+    whole = reshaped(node)
     for half, part in zip(halves, parts, strict=True):
-        part.meta["example_value"] = fake(half).contiguous()  # under autocast: of its dtype
-        half.replace_all_uses_with(part)
-        gm.graph.erase_node(half)
-    for chunk in [*node.users, node]:
-        gm.graph.erase_node(chunk)
+        if whole is node:
+            part.meta["example_value"] = fake(half).contiguous()  # under autocast: of its dtype
+            shaped = part
+        else:
+            sizes: Any = whole.args[1]
+            shaped = insert_call(
+                gm.graph, whole, whole.target, part, [*sizes[:-1], fake(half).shape[-1]]
+            )
+        half.replace_all_uses_with(shaped)
+        erase_unread(gm.graph, half)
     return parts[0], parts[1]
 
 
 def _part(gm: GraphModule, projection: Projection, rows: slice) -> Node:
     """Insert the projection onto some of the output rows of its weight and bias."""
     node, is_expert = projection.node, len(projection.shape) == 3
-    index = (..., rows) if is_expert else rows
+    names = ("input", "weight", "offs" if is_expert else "bias")
+    if node.target is aten.addmm.default:
+        names = ("bias", "input", "weight")
+    in_columns = is_expert or node.target not in LINEARS
 
     def cut(name: str, value: Any) -> Any:
         if name not in ("weight", "bias") or not isinstance(value, Node):
             return value
+        index = (..., rows) if in_columns and name == "weight" else rows
         return insert_call(gm.graph, node, operator.getitem, value, index)
 
-    names = ("input", "weight", "offs" if is_expert else "bias")
     args = [cut(name, value) for name, value in zip(names, node.args, strict=False)]
     kwargs = {name: cut(name, value) for name, value in node.kwargs.items()}
     return insert_call(gm.graph, node, node.target, *args, **kwargs)
