@@ -24,6 +24,7 @@ from .breaks import break_after
 from .config import AmberConfig
 from .inductor import compile_with_inductor, inductor_patches
 from .report import GraphReport, Report, record
+from .supported import check_torch
 from .trace import trace_graph, trace_report
 from .variants import Inner, compile_variants
 
@@ -47,6 +48,7 @@ def amber(
         OptionError: for an unknown option or value.
         PlanError: if a plan belongs to another model.
         RewriteError: under ``strict=True``, if a planned projection cannot be sparsified.
+        VersionError: under a PyTorch that Amber does not know.
     """
     config = AmberConfig.from_options(mode, options)
     inductor_patches(config)  # an unknown entry is an error, whether or not anything is rewritten
@@ -72,6 +74,7 @@ def compile_graph(
     gm: GraphModule, inputs: Sequence[Any], config: AmberConfig, inner: Inner
 ) -> Compiled:
     """Rewrite ``gm`` as ``config`` says, compile it with ``inner`` and record a report."""
+    check_torch()
     started = time.perf_counter()
     analysis = Analysis.of(gm, inputs, config)
     graph = GraphReport(analysis.phase, broken=break_after(gm))

@@ -30,6 +30,10 @@ class ReleasedError(AmberError, RuntimeError):
     """The values of a weight are wanted, and they were released (``decode="int8"``)."""
 
 
+class VersionError(AmberError, RuntimeError):
+    """The PyTorch at hand is none that Amber knows."""
+
+
 class VerifyError(AmberError, AssertionError):
     """A pass left a graph that does not mean what it should: a bug in Amber."""
 

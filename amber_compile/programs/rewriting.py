@@ -28,6 +28,7 @@ from amber_compile.passes.derived_inputs import DerivedInputs
 from amber_compile.report import GraphReport, Report, record
 from amber_compile.rewritten import Rewritten, rewrite_graph
 from amber_compile.stages import Stages
+from amber_compile.supported import check_torch
 from amber_compile.trace import trace_report
 from amber_compile.variants import tell_obstacles
 
@@ -82,7 +83,9 @@ def checked(config: AmberConfig | None) -> AmberConfig:
 
     Raises:
         OptionError: if it is something else, or has such an option.
+        VersionError: under a PyTorch that Amber does not know.
     """
+    check_torch()
     config = AmberConfig() if config is None else config
     if not isinstance(config, AmberConfig):
         raise OptionError(f"config={config!r}; valid: an AmberConfig, or None for the defaults")
