@@ -97,17 +97,11 @@ def linear_rows(tokens: list[int], rounds: int) -> Iterator[Row]:
 
 def model_rows(tokens: list[int], layers: int, rounds: int) -> Iterator[Row]:
     """Yield the prefill time of the whole model, each way."""
-    config = LlamaConfig(**LLAMA_1B, num_hidden_layers=layers, tie_word_embeddings=True)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).bfloat16()
-    model = model.to_empty(device="cpu").eval()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        tensor.copy_(torch.randn(tensor.shape) * 0.02 if "norm" not in name else 1)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model = random_llama(layers)
     parameters = sum(one.numel() for one in model.parameters())
     for count in tokens:
         torch.compiler.reset()
-        prompt = torch.randint(0, config.vocab_size, (1, count))
+        prompt = torch.randint(0, model.config.vocab_size, (1, count))
         calls = {}
         for way, options in tqdm(WAYS.items(), desc=f"compile {count}", leave=False):
             run = compiled(model, options)
@@ -120,6 +114,19 @@ def model_rows(tokens: list[int], layers: int, rounds: int) -> Iterator[Row]:
             ratio = found["bf16"] / seconds
             head = {"parameters": parameters, "layers": layers, "T": count, "way": way}
             yield {**head, "seconds": seconds, "ratio": ratio}
+
+
+def random_llama(layers: int) -> LlamaForCausalLM:
+    """Return a Llama in bf16 with random weights and the sizes of Llama-3.2-1B."""
+    config = LlamaConfig(**LLAMA_1B, num_hidden_layers=layers, tie_word_embeddings=True)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).bfloat16()
+    model = model.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            tensor.copy_(torch.randn(tensor.shape) * 0.02 if "norm" not in name else 1)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
 
 
 def show(title: str, rows: list[Row]) -> Table:
