@@ -36,7 +36,7 @@ SINGLE_THREADED = 1 << 18  # products; with fewer, threads cost more than they b
 
 
 class _Weight(ctypes.Structure):
-    """``struct Weight`` of the C++ source, line by line."""
+    """``struct Weight`` of cpu/interface.h, line by line."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "packed")),
@@ -46,7 +46,7 @@ class _Weight(ctypes.Structure):
 
 
 class _Problem(ctypes.Structure):
-    """``struct Problem`` of the C++ source, line by line."""
+    """``struct Problem`` of cpu/interface.h, line by line."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "row_scale", "weight", "weight_scale")),

@@ -82,7 +82,7 @@ ENTRIES = {
 
 
 class Codes(ctypes.Structure):
-    """``struct Codes`` of the C++ source, line by line."""
+    """``struct RowCodes`` of cpu/interface.h, line by line."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("smooth", "codes", "row_scale"))
 

@@ -15,6 +15,8 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from amber_compile.errors import AmberError
+
 # Any, and the ignore: torch.library leaves these methods untyped.
 LIBRARY: Any = torch.library.Library("amber", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -24,12 +26,30 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 Answer = TypeVar("Answer", bound=torch.Tensor | tuple[torch.Tensor, ...])
 
 
+class RegistrationError(AmberError, RuntimeError):
+    """The process has Amber's operators already, from elsewhere."""
+
+
 def define(
-    schema: str, reference: Callable[..., Answer], fake: Callable[..., Answer]
+    schema: str,
+    reference: Callable[..., Answer],
+    fake: Callable[..., Answer],
+    *tags: torch.Tag,
 ) -> Callable[..., Answer]:
-    """Register an inference operator under ``torch.ops.amber`` and return its overload."""
+    """Register an inference operator under ``torch.ops.amber`` and return its overload.
+
+    ``tags`` tell compilers more of it than of the others.
+
+    Raises:
+        RegistrationError: if the process has such an operator.
+    """
     name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=TAGS)
+    if hasattr(torch.ops.amber, name):
+        raise RegistrationError(
+            f"this process has amber::{name} already: it has loaded a library of the operators "
+            "(libamber_ops.so). Import amber_compile first; such a library then leaves it its own"
+        )
+    LIBRARY.define(schema, tags=(*TAGS, *tags))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"amber::{name}", fake, lib=LIBRARY)
     torch.library.register_autograd(f"amber::{name}", _no_gradient(name), lib=LIBRARY)

@@ -110,6 +110,7 @@ def test_wheel_has_nothing_else(wheel: Path) -> None:
     assert {path.name for path in wheel.iterdir()} == {
         "amber_compile",
         "amber_torch_logs",
+        "amber_vllm",
         f"{NAME}.dist-info",
     }
 

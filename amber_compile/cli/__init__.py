@@ -5,6 +5,7 @@
     eval       what sparsity costs a model on a text: loss, KL, top-1, generation, tasks
     env        what this machine can run, and why not the rest
     explain    what would be sparse in a model, why the rest is not, and what it is worth
+    operators  the operators as a library, for processes that have PyTorch and no Amber
     plan       what a plan holds, and how two of them differ
 
 A command module has ``HELP`` (one line), ``add_arguments(parser)`` and ``run(arguments)``, which
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 
 from amber_compile.errors import AmberError
 
-COMMANDS = ("calibrate", "check", "env", "eval", "explain", "plan")
+COMMANDS = ("calibrate", "check", "env", "eval", "explain", "operators", "plan")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

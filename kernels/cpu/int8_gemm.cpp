@@ -5,8 +5,8 @@
 
 #include "int8_gemm_finish.h"
 #include "int8_gemm_tiles.h"
+#include "interface.h"
 #include "memory.h"
-#include "parallel.h"
 
 namespace {
 
@@ -22,13 +22,6 @@ constexpr int64_t steps_of(int64_t channels) { return divide_up(channels, STEP);
 constexpr int64_t panel_bytes(int64_t channels) {
   return OUTPUTS * (steps_of(channels) * STEP + int64_t(sizeof(uint32_t)));
 }
-
-struct Weight {
-  const int8_t* codes;  // [outputs, channels]
-  int8_t* packed;       // [panels, panel_bytes]
-  int64_t outputs, channels;
-  int32_t threads;
-};
 
 void pack_panel(const int8_t* codes, int64_t live, int64_t channels, int8_t* panel) {
   const int64_t padded = steps_of(channels) * STEP;
@@ -53,18 +46,6 @@ void pack(const Weight& w, Parallel parallel) {
 }
 
 // ---- codes --------------------------------------------------------------------------------------
-
-struct Problem {
-  const int8_t* codes;        // [tokens, channels], rows codes_stride apart
-  const float* row_scale;     // [tokens]
-  const int8_t* weight;       // packed
-  const float* weight_scale;  // [outputs]
-  const float* bias;          // [outputs] or null
-  void* y;                    // [tokens, outputs], contiguous
-  uint8_t* scratch;           // for the codes of whole tiles of tokens
-  int64_t tokens, channels, outputs, codes_stride;
-  int32_t type, kernel, threads;
-};
 
 constexpr int64_t SINGLE_THREADED = 1 << 16;  // codes: with fewer, threads are not worth their cost
 

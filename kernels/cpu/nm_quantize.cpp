@@ -10,18 +10,11 @@
 #include "correction.h"
 #include "floats.h"
 #include "groups_of_four.h"
+#include "interface.h"
 #include "memory.h"
-#include "parallel.h"
 #include "selection.h"
-#include "tokens.h"
 
 namespace {
-
-struct Codes {
-  const float* smooth;  // [channels] or null
-  int8_t* codes;        // [tokens, channels], contiguous
-  float* row_scale;     // [tokens]
-};
 
 // ---- one token ----------------------------------------------------------------------------------
 
@@ -134,7 +127,7 @@ Select<T> select_of(const Tokens& p) {
 // ---- all tokens ---------------------------------------------------------------------------------
 
 template <class T, bool SMOOTH>
-void quantize_tokens(const Tokens& p, const Codes& to, Parallel parallel) {
+void quantize_tokens(const Tokens& p, const RowCodes& to, Parallel parallel) {
   using Bits = typename T::Bits;
   const bool arranged = in_groups_of_four(p);
   const auto select = select_of<T, SMOOTH>(p);
@@ -173,7 +166,7 @@ Memory<float> arranged_rows(const float* rows, int64_t count, int64_t channels) 
 }
 
 template <class T>
-void run(Tokens p, Codes to, Parallel parallel) {
+void run(Tokens p, RowCodes to, Parallel parallel) {
   const Memory<float> smooth = arranged_rows(to.smooth, 1, p.channels);
   to.smooth = smooth.get();
   Memory<float> factor;
@@ -187,13 +180,13 @@ void run(Tokens p, Codes to, Parallel parallel) {
 }  // namespace
 
 extern "C" {
-void nm_quantize_float32(const Tokens* p, const Codes* to, Parallel parallel) {
+void nm_quantize_float32(const Tokens* p, const RowCodes* to, Parallel parallel) {
   run<Float32>(*p, *to, parallel);
 }
-void nm_quantize_bfloat16(const Tokens* p, const Codes* to, Parallel parallel) {
+void nm_quantize_bfloat16(const Tokens* p, const RowCodes* to, Parallel parallel) {
   run<BFloat16>(*p, *to, parallel);
 }
-void nm_quantize_float16(const Tokens* p, const Codes* to, Parallel parallel) {
+void nm_quantize_float16(const Tokens* p, const RowCodes* to, Parallel parallel) {
   run<Float16>(*p, *to, parallel);
 }
 }

@@ -2,10 +2,9 @@
 
 #include "correction.h"
 #include "floats.h"
+#include "interface.h"
 #include "memory.h"
-#include "parallel.h"
 #include "selection.h"
-#include "tokens.h"
 
 template SelectWhole<Magnitude<Float32>> select_whole_of<Magnitude<Float32>>(int);
 template SelectWhole<Magnitude<BFloat16>> select_whole_of<Magnitude<BFloat16>>(int);

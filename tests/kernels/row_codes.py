@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from amber_compile.kernels import cpu_library
+from amber_compile.kernels import compilation
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CORRECTIONS = ["norm", "variance"]
 NAN, INF = float("nan"), float("inf")
 EPS = torch.finfo(torch.float32).eps
 has_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, cpu_library.COMPILERS)), reason="waits for a C++ compiler"
+    not any(map(shutil.which, compilation.COMPILERS)), reason="waits for a C++ compiler"
 )
 
 

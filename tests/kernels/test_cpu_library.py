@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from amber_compile.errors import OptionError
-from amber_compile.kernels import cpu_kernel, cpu_library
+from amber_compile.kernels import compilation, cpu_kernel, cpu_library
+from amber_compile.kernels.compilation import BuildError, find_compiler, fingerprint
 
 nm_select = torch.ops.amber.nm_select
 has_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, cpu_library.COMPILERS)), reason="waits for a C++ compiler"
+    not any(map(shutil.which, compilation.COMPILERS)), reason="waits for a C++ compiler"
 )
 
 
@@ -37,7 +38,7 @@ def built(folder):
 @has_compiler
 def test_compiles_once_and_keeps_the_library(new_process, tmp_path):
     log, compiler = tmp_path / "log", tmp_path / "compiler"
-    real = shutil.which(cpu_library._find_compiler()[0])
+    real = shutil.which(find_compiler()[0])
     compiler.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {real} "$@"\n')
     compiler.chmod(stat.S_IRWXU)
     new_process.setenv("CXX", str(compiler))
@@ -53,15 +54,19 @@ def test_compiles_once_and_keeps_the_library(new_process, tmp_path):
 
 @has_compiler
 def test_whatever_makes_another_library_changes_its_name(new_process, tmp_path):
-    compiler = cpu_library._find_compiler()
-    names = [cpu_library._fingerprint(compiler)] * 2
-    assert names[0] == cpu_library._fingerprint(compiler)
+    compiler = find_compiler()
+    names = [fingerprint(cpu_library.recipe(), compiler)] * 2
+    assert names[0] == fingerprint(cpu_library.recipe(), compiler)
     copy = shutil.copytree(cpu_library.SOURCES, tmp_path / "sources")
     (copy / "floats.h").write_text("// changed")
-    for name, value in (("FLAGS", ("-O0",)), ("_cpu", lambda: "another"), ("SOURCES", copy)):
+    for module, name, value in (
+        (cpu_library, "FLAGS", ("-O0",)),
+        (compilation, "_cpu", lambda: "another"),
+        (cpu_library, "SOURCES", copy),
+    ):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu_library, name, value)
-            names.append(cpu_library._fingerprint(compiler))
+            patch.setattr(module, name, value)
+            names.append(fingerprint(cpu_library.recipe(), compiler))
     assert len(set(names)) == 4
 
 
@@ -118,7 +123,7 @@ def test_the_reference_can_be_asked_for(new_process, tmp_path):
 def test_cpp_asked_for_never_falls_back(new_process):
     new_process.setenv("AMBER_CPU_KERNEL", "cpp")
     new_process.setenv("CXX", "false")
-    with pytest.raises(cpu_library.BuildError, match="false failed"):
+    with pytest.raises(BuildError, match="false failed"):
         nm_select(torch.ones(4), None, 2, 4)
 
 

@@ -2,11 +2,12 @@
 
 import ctypes
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
-from amber_compile.kernels import cpu_library
+from amber_compile.kernels import compilation, cpu_library
 
 TYPES = {torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 LOWER_HALVES = [0, 1, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF]
@@ -28,7 +29,7 @@ void narrow(const float* from, typename T::Bits* to, int count) {
 @pytest.fixture(scope="module")
 def floats(tmp_path_factory):
     """Return ``convert(function, type, values, dtype)``, by way of a library made of the header."""
-    if not any(map(shutil.which, cpu_library.COMPILERS)):
+    if not any(map(shutil.which, compilation.COMPILERS)):
         pytest.skip("waits for a C++ compiler")
     folder = tmp_path_factory.mktemp("floats")
     exports = [
@@ -42,9 +43,8 @@ def floats(tmp_path_factory):
     ]
     (folder / "probe.cpp").write_text(PROBE + "\n".join(exports))
     shutil.copy(cpu_library.SOURCES / "floats.h", folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_library, "SOURCES", folder)
-        cpu_library._compile(cpu_library._find_compiler(), folder / "probe.so")
+    probe = replace(cpu_library.recipe(), folders=(folder,))
+    compilation.compile_library(probe, compilation.find_compiler(), folder / "probe.so")
     library = ctypes.CDLL(str(folder / "probe.so"))
 
     def convert(function, dtype, values, into):

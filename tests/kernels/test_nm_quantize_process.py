@@ -9,6 +9,7 @@ import torch
 from row_codes import CORRECTIONS, DTYPES, check, gaussian, has_compiler, oracle, positive
 
 from amber_compile.kernels import cpu_library
+from amber_compile.kernels.compilation import Recipe, compile_library, find_compiler
 from amber_compile.kernels.nm_quantize import launch
 from amber_compile.kernels.nm_select import nm_select_reference
 
@@ -89,17 +90,14 @@ def test_no_byte_beyond_the_arguments_is_touched(start_python):
 
 
 @has_compiler
-def test_no_instruction_set_is_needed(monkeypatch, tmp_path):
+def test_no_instruction_set_is_needed(tmp_path):
     """The least registers there are give the same codes."""
     for source in cpu_library.SOURCES.iterdir():
         if source.suffix == ".h" or source.name.startswith("nm_"):
             shutil.copy(source, tmp_path)
-    flags = ["-O1" if flag == "-O3" else flag for flag in cpu_library.FLAGS]
-    monkeypatch.setattr(cpu_library, "SOURCES", tmp_path)
-    monkeypatch.setattr(cpu_library, "FLAGS", flags)
-    monkeypatch.setattr(cpu_library, "THIS_CPU", ((),))
+    flags = tuple("-O1" if flag == "-O3" else flag for flag in cpu_library.FLAGS)
     path = tmp_path / "portable.so"
-    cpu_library._compile(cpu_library._find_compiler(), path)
+    compile_library(Recipe("cpu", (tmp_path,), flags, ((),)), find_compiler(), path)
     library = ctypes.CDLL(str(path))
     for dtype in DTYPES:
         x, factor, smooth = gaussian(3, 112, dtype=dtype), positive(112), positive(112, 2)

@@ -5,10 +5,10 @@ import textwrap
 
 import pytest
 
-from amber_compile.kernels import cpu_library
+from amber_compile.kernels import compilation
 
 pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, cpu_library.COMPILERS)), reason="waits for a C++ compiler"
+    not any(map(shutil.which, compilation.COMPILERS)), reason="waits for a C++ compiler"
 )
 
 

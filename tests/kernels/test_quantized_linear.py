@@ -5,12 +5,14 @@ import platform
 import shutil
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from int8_problems import RESULTS, codes_of, prepared, problem
 
 from amber_compile.kernels import cpu_library, int8_kernel
+from amber_compile.kernels.compilation import compile_library, find_compiler
 from amber_compile.kernels.quantized_linear import quantized_linear_reference
 
 quantized_linear = torch.ops.amber.quantized_linear
@@ -35,11 +37,9 @@ def library(tmp_path_factory):
 
     def build(flags):
         if flags not in built:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(cpu_library, "FLAGS", (*cpu_library.FLAGS, *flags))
-                patch.setattr(cpu_library, "SOURCES", sources)
-                path = tmp_path_factory.mktemp("int8") / "kernels.so"
-                cpu_library._compile(cpu_library._find_compiler(), path)
+            one = replace(cpu_library.recipe(), flags=(*cpu_library.FLAGS, *flags))
+            path = tmp_path_factory.mktemp("int8") / "kernels.so"
+            compile_library(replace(one, folders=(sources,)), find_compiler(), path)
             built[flags] = ctypes.CDLL(str(path))
         return built[flags]
 
