@@ -29,6 +29,7 @@ from .passes.classify_phase import Phase, classify_phase, fixed_tokens, token_hi
 from .passes.decide import decide
 from .passes.decide_quantization import decide_quantization
 from .passes.find_projections import find_projections
+from .passes.sharded_operands import gate_rows_of_whole
 from .passes.sparsify_projections import factor_of
 from .permute import why_not_permuted
 from .plan import Plan
@@ -263,5 +264,5 @@ def _share(projection: Projection, decision: Decision) -> float:
     """Return the part of a projection's outputs that reads a sparse activation."""
     if decision.settings is None:
         return 0.0
-    rows = projection.gate_rows if decision.settings.part == "gate" else None
+    rows = gate_rows_of_whole(projection) if decision.settings.part == "gate" else None
     return (rows or projection.shape[-2]) / projection.shape[-2]

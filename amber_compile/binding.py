@@ -11,23 +11,27 @@ the values of one were released (release.py), that is an error. Weights are held
 
 from __future__ import annotations
 
-import threading
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .derivations import Derivation, Names
-from .derived import derive, epoch, stamp
+from .derived import derive, epoch, storage_of, version, written
 from .errors import OptionError, PlanError
+from .locking import lock
 from .release import read, refuse_released, release
+from .shards import is_fake
 
 Compiled = Callable[..., Any]
 Weights = Sequence[torch.Tensor]
+
+_expired = cast("Callable[[int], bool]", torch.UntypedStorage._expired)
+_address: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +88,26 @@ class _Bound:
         stamps: theirs.
         compiled: what runs.
         tensors: its further inputs.
-        owners: references that end this entry when a weight dies.
+        storages: handles of the storages of the scored weights: one that expired may have left its
+            address to another.
+        held: keeps the handles valid, and ends this entry when a weight dies.
+        sources: what the stamps are of, if some weight is spread over processes or gathered from
+            what is; the weights themselves otherwise.
     """
 
     scored: tuple[int, ...]
     stamps: list[int]
     compiled: Compiled
     tensors: tuple[torch.Tensor, ...]
-    owners: tuple[weakref.ref[torch.Tensor], ...] = ()
+    storages: tuple[int, ...] = ()
+    held: tuple[object, ...] = ()
+    sources: tuple[weakref.ref[torch.Tensor], ...] = ()
+
+    def stamped(self, arguments: Sequence[Any]) -> Weights:
+        """Return the tensors whose stamps to compare; fewer if one is gone."""
+        if not self.sources:
+            return [arguments[at] for at in self.scored]
+        return [tensor for one in self.sources if (tensor := one()) is not None]
 
 
 class Binding:
@@ -113,31 +129,41 @@ class Binding:
         self._choose = choose
         self._dense = dense
         self._bound: dict[tuple[int, ...], _Bound] = {}
-        self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
         key = tuple([id(arguments[at]) for at in self._watched])
         bound = self._bound.get(key)
-        if bound is None or bound.stamps != _stamps([arguments[at] for at in bound.scored]):
+        if (
+            bound is None
+            or any(map(_expired, bound.storages))
+            or bound.stamps != _stamps(bound.stamped(arguments))
+        ):
             bound = self._bind(key, arguments)
         return bound.compiled(*arguments, *bound.tensors)
 
     def _bind(self, key: tuple[int, ...], arguments: Sequence[Any]) -> _Bound:
         weights = [arguments[at] for at in self._watched]
-        with self._lock:
+        with lock:
             variant = self._choose(weights)
             if variant is None:  # not remembered: the model may be registered later
                 refuse_released(arguments)
                 return _Bound((), [], self._dense, ())
             read([arguments[at] for at in variant.reads], self)
-            compiled, tensors = self._inputs_of(variant, arguments)
             positions = dict.fromkeys(one.position for one in variant.derived)
-            scored = tuple([at for at in positions if not isinstance(arguments[at], FakeTensor)])
-            stamps = _stamps([arguments[at] for at in scored])
+            scored = tuple([at for at in positions if not is_fake(arguments[at])])
+            watched = [one for at in scored for one in written(arguments[at])]
+            # before anything is derived: what is written meanwhile, the next call sees
+            stamps = _stamps(watched)
+            storages = list(map(storage_of, watched))
+            compiled, tensors = self._inputs_of(variant, arguments)
+            handles = tuple([storage.cdata for storage in storages])
             forget = _Forget(weakref.ref(self), key)
-            owners = tuple([weakref.ref(weight, forget) for weight in weights])
-            self._bound[key] = _Bound(scored, stamps, compiled, tensors, owners)
-            return self._bound[key]
+            held = (*storages, *[weakref.ref(weight, forget) for weight in weights])
+            is_plain = all(map(operator.is_, watched, [arguments[at] for at in scored]))
+            sources = () if is_plain else tuple(map(weakref.ref, watched))
+            bound = _Bound(scored, stamps, compiled, tensors, handles, held, sources)
+            self._bound[key] = bound
+            return bound
 
     def _inputs_of(
         self, variant: Variant, arguments: Sequence[Any]
@@ -165,7 +191,7 @@ def _derive_and_release(variant: Variant, arguments: Sequence[Any]) -> tuple[tor
     for at in dict.fromkeys(one.position for one in variant.derived):
         own = [one for one in variant.derived if one.position == at]
         tensors |= {one: derive(arguments[at], one.request) for one in own}
-        if at in releases and not isinstance(arguments[at], FakeTensor):
+        if at in releases and not is_fake(arguments[at]):
             releases[at].tell(release(arguments[at], releases[at].also))
     return tuple([tensors[one] for one in variant.derived])
 
@@ -188,7 +214,7 @@ def _stamps(weights: Weights) -> list[int]:
     try:
         stamps = [weight._version for weight in weights]
     except RuntimeError:  # an inference tensor counts no versions
-        stamps = [stamp(weight)[1] for weight in weights]
-    stamps += [weight.data_ptr() for weight in weights]
+        stamps = [version(weight) for weight in weights]
+    stamps += map(_address, weights)
     stamps.append(epoch())
     return stamps

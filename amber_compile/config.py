@@ -25,7 +25,7 @@ PRESETS = {
 BY_PRESET = "preset"
 """The value of ``score`` and ``correction`` that means: as the preset has it."""
 
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
 DECIDED_BY_PLAN = (
     *("preset", "pattern", "score", "correction", "projections", "dense_prefix", "quantize"),
 )

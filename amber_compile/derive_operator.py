@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .derived import derive as look_up
 from .kernels.registration import LIBRARY, define
+from .locking import lock
 from .request_text import from_text
 
 # ---- reference -----------------------------------------------------------------------------------
@@ -39,8 +40,9 @@ _kept: MutableMapping[torch.Tensor, dict[str, torch.Tensor]] = WeakIdKeyDictiona
 
 
 def _derive(weight: torch.Tensor, request: str) -> torch.Tensor:
-    tensor = look_up(weight, from_text(request))
-    _kept.setdefault(weight, {})[request] = tensor
+    tensor = look_up(weight, from_text(request), look=False)
+    with lock:
+        _kept.setdefault(weight, {})[request] = tensor
     return tensor.clone()
 
 
@@ -51,7 +53,13 @@ def _fake(weight: torch.Tensor, request: str) -> torch.Tensor:
     return from_text(request).like(weight)
 
 
-derive = define("derive(Tensor weight, str request) -> Tensor", derive_reference, _fake)
+# A replayed CUDA graph would look nothing up: what it found while it was recorded may be stale.
+derive = define(
+    "derive(Tensor weight, str request) -> Tensor",
+    derive_reference,
+    _fake,
+    torch.Tag.cudagraph_unsafe,
+)
 
 LIBRARY.impl("derive", _derive, "CPU")
 LIBRARY.impl("derive", _derive, "CUDA")

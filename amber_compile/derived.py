@@ -1,8 +1,11 @@
 """Keep the tensors that follow from a weight: computed once, shared by all graphs that read them.
 
-A tensor is valid for one *stamp* of its weight: identity, storage address and version counter. An
+A tensor is valid for one *stamp* of its weight: identity, storage, address and version counter (of
+a ``DTensor`` also those of this process's part; of what FSDP gathers, those of its source). An
 in-place write, ``load_state_dict``, an optimiser step or a new parameter changes the stamp. Writes
 behind PyTorch's back do not (``p.data.add_``, fused optimisers, NumPy views): ``refresh(model)``.
+A *fingerprint* of the values tells them to a graph that is compiled or bound afterwards, as for a
+merged LoRA adapter; a graph that has its tensors already does not ask again.
 Weights are held weakly; so are the larger tensors, which a compiled graph holds while it needs
 them. A fake weight has no values: what follows from it is fake as well, and never kept. A weight
 whose values were released (release.py) has what was kept of it, and what follows from that.
@@ -11,31 +14,55 @@ whose values were released (release.py) has what was kept of it, and what follow
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
 from collections.abc import Callable, Iterable, MutableMapping
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .derivations import Derivation
 from .errors import ReleasedError
+from .fingerprint import fingerprint
+from .gathered import source_of
+from .locking import lock
 from .rebuild import rebuilt
+from .shards import compute, is_fake, is_sharded, like, local_of
 from .stand_in import is_released
 
-Stamp = tuple[int, int]
+Stamp = tuple[tuple[int, int, StorageWeakRef], ...]
+Content = tuple[Stamp, int]
 Held = Callable[[], torch.Tensor | None]
 
-_lock = threading.RLock()
-_derived: MutableMapping[torch.Tensor, dict[Derivation, tuple[Stamp, Held]]]
+_derived: MutableMapping[torch.Tensor, dict[Derivation, tuple[Content, Held]]]
 _derived = WeakIdKeyDictionary()
 _epoch = 0
 
 
 def stamp(weight: torch.Tensor) -> Stamp:
     """Return what changes when PyTorch sees ``weight`` change."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    return tuple([(one.data_ptr(), version(one), storage_of(one)) for one in written(weight)])
+
+
+def version(tensor: torch.Tensor) -> int:
+    """Return the version counter of ``tensor``; 0 of an inference tensor, which counts none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def written(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the tensors whose stamps tell whether ``weight`` was written to."""
+    source = source_of(weight)
+    return (source, local_of(source)) if is_sharded(source) else (source,)
+
+
+def storage_of(weight: torch.Tensor) -> StorageWeakRef:
+    """Return a reference to the storage of ``weight``: equal to that of no storage made later."""
+    return StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]  # as it is
+
+
+def _content(weight: torch.Tensor) -> Content:
+    """Return the stamp of ``weight`` and a fingerprint of its values."""
+    return stamp(weight), fingerprint(weight)
 
 
 def epoch() -> int:
@@ -43,22 +70,25 @@ def epoch() -> int:
     return _epoch
 
 
-def derive(weight: torch.Tensor, derivation: Derivation) -> torch.Tensor:
+def derive(weight: torch.Tensor, derivation: Derivation, *, look: bool = True) -> torch.Tensor:
     """Return the tensor that ``derivation`` makes of ``weight``, the same while it is valid.
+
+    ``look`` at the values too, for writes that PyTorch did not see: not in every call of a graph.
 
     Raises:
         OptionError: if the weight has none, for it is not finite.
         PlanError: if it is a tensor that the plan lacks.
         ReleasedError: if the weight has no values any more, and it does not follow from the codes.
     """
-    if isinstance(weight, FakeTensor):
-        return derivation.like(weight)
-    with _lock:
-        known = _derived.setdefault(weight, {})
-        now = stamp(weight)
+    if is_fake(weight):
+        return like(weight, derivation)
+    with lock:
+        known = _derived.setdefault(source_of(weight), {})
         then, held = known.get(derivation, (None, _nothing))
-        tensor = held() if then == now else None
+        valid = then is not None and then[0] == stamp(weight)
+        tensor = held() if valid and not (look and then != _content(weight)) else None
         if tensor is None:
+            now = _content(weight)
             # not in inference mode: the tensor is an input of other modes' graphs too
             with torch.inference_mode(False), torch.no_grad():
                 tensor = _made(weight, derivation)
@@ -68,8 +98,8 @@ def derive(weight: torch.Tensor, derivation: Derivation) -> torch.Tensor:
 
 def kept(weight: torch.Tensor, *, written: bool = False) -> dict[Derivation, torch.Tensor]:
     """Return what is kept of ``weight`` as it is now, or as it was before it was ``written`` to."""
-    with _lock:
-        now = stamp(weight)
+    with lock:
+        now = _content(weight)
         every = _derived.get(weight, {}).items()
         held = [(one, hold()) for one, (then, hold) in every if then == now or written]
         return {one: tensor for one, tensor in held if tensor is not None}
@@ -82,10 +112,10 @@ def move(
 
     ``lasting`` is from now on kept as long as the weight lives.
     """
-    with _lock:
+    with lock:
         known, firm = kept(weight, written=is_released(weight)), set(lasting)
         change()
-        now = stamp(weight)
+        now = _content(weight)
         _derived[weight] = {
             one: (now, _hold(tensor, one.lasting or one in firm)) for one, tensor in known.items()
         }
@@ -94,7 +124,7 @@ def move(
 def _made(weight: torch.Tensor, derivation: Derivation) -> torch.Tensor:
     """Compute what follows from ``weight``."""
     if not is_released(weight):
-        return derivation.compute(weight)
+        return compute(weight, derivation)
     tensor = rebuilt(weight, derivation, kept(weight))
     if tensor is None:
         raise ReleasedError(
@@ -114,10 +144,10 @@ def refresh(model: torch.nn.Module) -> None:
     global _epoch
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"refresh takes a torch.nn.Module, not {type(model).__name__}")
-    with _lock:
+    with lock:
         for weight in itertools.chain(model.parameters(), model.buffers()):
             if not is_released(weight):  # of one that is, nothing else is left
-                _derived.pop(weight, None)
+                _derived.pop(source_of(weight), None)
         _epoch += 1
 
 

@@ -23,13 +23,17 @@ import torch
 from torch.fx import Node
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .gathered import source_of
+from .locking import lock
 from .projection import Projection
 
 _STEP = re.compile(r"""\.([^.\[\]]+)|\[(?:'([^']*)'|"([^"]*)"|(\d+))\]""")
 PARAMETER = "amber_parameter"
 """Key in the ``meta`` of a node that is a weight: its qualified name, "" if that is not known."""
-_UNNAMED = ("_modules", "_parameters", "_buffers", "_orig_mod")
+_UNNAMED = ("_modules", "_parameters", "_buffers", "_orig_mod", "__dict__")
 """Steps on the way to a weight that are no part of its name."""
+_ITSELF = ".forward.__self__"
+"""A step from a module to itself, where its ``forward`` was set on the instance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +59,9 @@ def register_model(model: torch.nn.Module) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"register_model takes a torch.nn.Module, not {type(model).__name__}")
     number = next(_numbers)
-    for name, parameter in model.named_parameters(remove_duplicate=True):
-        _homes[parameter] = _Home(number, _without_wrappers(name))
+    with lock:
+        for name, parameter in model.named_parameters(remove_duplicate=True):
+            _homes[parameter] = _Home(number, _without_wrappers(name))
 
 
 @contextlib.contextmanager
@@ -67,11 +72,12 @@ def registered(model: torch.nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, home in before:
-            if home is None:
-                _homes.pop(parameter, None)
-            else:
-                _homes[parameter] = home
+        with lock:
+            for parameter, home in before:
+                if home is None:
+                    _homes.pop(parameter, None)
+                else:
+                    _homes[parameter] = home
 
 
 def module_site(name: str) -> str:
@@ -84,9 +90,11 @@ def registered_shapes(weight: torch.Tensor | None) -> dict[str, tuple[int, ...]]
     home = _home(weight)
     if home is None:
         return {}
+    with lock:  # another thread may register its model
+        found = list(_homes.items())
     return {
         _owner(other.name): tuple(matrix.shape)
-        for matrix, other in list(_homes.items())
+        for matrix, other in found
         if other.model == home.model and matrix.dim() >= 2
     }
 
@@ -145,7 +153,7 @@ def full_name(name: str, weight: torch.Tensor) -> str:
 
 
 def _home(weight: torch.Tensor | None) -> _Home | None:
-    return None if weight is None else _homes.get(weight)
+    return None if weight is None else _homes.get(source_of(weight))
 
 
 def _same_model(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
@@ -198,5 +206,6 @@ def _path(source: str) -> str:
 
 def _steps(source: str) -> list[str]:
     """Return the names and indices in ``source``, that of the variable first."""
-    steps = ("".join(match.groups(default="")) for match in _STEP.finditer(source))
+    found = _STEP.finditer(source.replace(_ITSELF, ""))
+    steps = ("".join(match.groups(default="")) for match in found)
     return [step for step in steps if step not in _UNNAMED]

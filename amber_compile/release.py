@@ -14,7 +14,6 @@ releases them again, and multiplies by the same codes.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 from weakref import WeakSet
@@ -26,14 +25,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .derivations import Derivation, WeightScale
 from .derived import derive, kept, move
 from .errors import ReleasedError
+from .gathered import source_of
 from .graph import positions
+from .locking import lock
 from .passes.weight_operand import is_parameter
 from .projection import value_of
 from .rebuild import needs_values, whole
 from .stand_in import empty, is_released, trim
 from .weight_codes import dequantize_weight
 
-_lock = threading.RLock()
 _readers: MutableMapping[torch.Tensor, WeakSet[Any]] = WeakIdKeyDictionary()
 """The graphs that read the values of a weight."""
 
@@ -49,7 +49,7 @@ def read(weights: Iterable[torch.Tensor], reader: object) -> None:
     Raises:
         ReleasedError: if one is already.
     """
-    with _lock:
+    with lock:
         for weight in weights:
             refuse_released([weight])
             _readers.setdefault(weight, WeakSet()).add(reader)
@@ -75,9 +75,11 @@ def release(weight: torch.Tensor, also: Sequence[Derivation] = ()) -> str | None
 
     ``also`` is derived first: what graphs that are not compiled yet may ask for.
     """
-    with _lock:
+    with lock:
         if is_released(weight):
             return None
+        if source_of(weight) is not weight:
+            return "FSDP gathers it for each pass"
         if any(_readers.get(weight, ())):
             return "another graph reads its values"
         plain = [one for one in kept(weight) if isinstance(one, WeightScale) and one.outputs]
@@ -102,7 +104,7 @@ def restore(model: torch.nn.Module) -> int:
         raise TypeError(f"restore takes a torch.nn.Module, not {type(model).__name__}")
     found = [weight for weight in model.parameters() if is_released(weight)]
     for weight in found:
-        with _lock, torch.inference_mode(weight.is_inference()), torch.no_grad():
+        with lock, torch.inference_mode(weight.is_inference()), torch.no_grad():
             _restore(weight)
             trim()
     return len(found)

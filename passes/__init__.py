@@ -5,10 +5,13 @@
     decide                  plan x projection x phase -> settings, or the reason it stays dense
     decide_quantization     plan x projection x phase -> 8 bits, or the reason it stays as it is
     sparsify_projections    an N:M selection in front of each projection decided sparse
+    sharded_operands        the same where the weight is spread over processes
     quantize_projections    codes and scales in front of each projection decided quantised
     smooth_projections      smooth vectors into the norm or projection before, if that is asked for
     fuse_projections        selection and projection in one, where a sparse matrix unit takes both
     fuse_selections         selection and quantisation in one
+    part_residuals          products apart from the residuals that Inductor joins to them
+    spell_in_aten           what the passes insert, for a graph behind AOTAutograd or of an export
     find_permutations       which input channels may change places, and what moves with them
     verify                  the graph still means what it records
 

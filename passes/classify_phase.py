@@ -20,6 +20,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from amber_compile.passes.sharded_operands import channels_here
 from amber_compile.passes.weight_operand import operation
 from amber_compile.projection import Projection, fake
 
@@ -56,7 +57,7 @@ def _rows(projection: Projection) -> int | torch.SymInt:
     Not by ``Size.numel``, which fixes every symbolic size.
     """
     elements: int | torch.SymInt = math.prod(fake(projection.x).shape)
-    return elements // projection.channels
+    return elements // channels_here(projection)
 
 
 def _hint(size: int | torch.SymInt) -> int:

@@ -17,9 +17,11 @@ from amber_compile.decision import Decision, blocked, dense, sparse
 from amber_compile.passes.classify_phase import RESHAPES, Phase, reshapes_of
 from amber_compile.passes.correct_outputs import why_not_corrected
 from amber_compile.passes.find_projections import is_own
+from amber_compile.passes.sharded_operands import why_not_sharded
 from amber_compile.passes.weight_operand import operation
 from amber_compile.projection import Projection, fake
 from amber_compile.settings import Settings
+from amber_compile.shards import is_sharded
 
 Choose = Callable[[Projection], Settings | str]
 """The plan or rule: how a projection is sparsified, or why it stays dense."""
@@ -75,7 +77,7 @@ def why_not(projection: Projection, settings: Settings) -> str | None:
         return "its weight is a meta tensor and holds no values"
     if weight.device.type not in DEVICES:
         return f"no kernel for device {weight.device.type!r}; valid: {', '.join(DEVICES)}"
-    if is_subclass(weight):
+    if is_subclass(weight) and not is_sharded(weight):
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
     if weight.dtype not in DTYPES or x.dtype not in DTYPES:
         return f"dtype {x.dtype} x {weight.dtype}; valid: {', '.join(map(str, DTYPES))}"
@@ -85,6 +87,8 @@ def why_not(projection: Projection, settings: Settings) -> str | None:
         return "its input is also what the product is added to"
     if settings.part == "gate" and projection.gate_rows is None:
         return "part='gate' is planned, but the graph does not show a gate and an up half"
+    if reason := why_not_sharded(projection, settings):
+        return reason
     if reason := why_not_corrected(projection, settings):
         return reason
     if settings.dense_prefix and not _shows_sequence(projection):
@@ -93,10 +97,11 @@ def why_not(projection: Projection, settings: Settings) -> str | None:
 
 
 def is_selected(x: Node) -> bool:
-    """Whether ``x`` is a selection, seen through reshapes."""
-    while x.all_input_nodes and operation(x) in {*RESHAPES, "view_as"}:
+    """Whether ``x`` is a selection, seen through reshapes and changes of layout."""
+    while x.all_input_nodes and operation(x) in {*RESHAPES, "view_as", "laid_out_like", "to_local"}:
         x = x.all_input_nodes[0]
-    return x.target is torch.ops.amber.nm_select.default
+    amber = torch.ops.amber
+    return x.target in (amber.nm_select.default, amber.nm_select_sharded.default)
 
 
 def _shows_sequence(projection: Projection) -> bool:

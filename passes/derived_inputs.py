@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from amber_compile.derivations import Derivation
 from amber_compile.graph import add_input
 from amber_compile.projection import fake, fake_mode_of
+from amber_compile.shards import like
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class DerivedInputs:
         if wanted not in self._nodes:
             value = fake(weight)
             with fake_mode_of(value):
-                empty = request.like(value)
+                empty = like(value, request)
             title = f"amber_{name}_{len(self._nodes)}"
             self._nodes[wanted] = self._make(wanted, title, empty)
         return self._nodes[wanted]

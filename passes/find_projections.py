@@ -23,7 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from amber_compile.naming import site_name
 from amber_compile.passes.fused_gate import gate_rows
+from amber_compile.passes.own_products import is_own as is_own
+from amber_compile.passes.own_products import is_product, joined
 from amber_compile.passes.weight_operand import WeightOperand, operation, weight_operands
+from amber_compile.passes.written_weights import refuse_written
 from amber_compile.projection import Projection, fake
 
 aten = torch.ops.aten
@@ -54,8 +57,6 @@ SPLIT = LINEARS | {aten.mm.default, aten.addmm.default}
 """Matrix products that may be split into two by the rows of their weight; grouped ones may too."""
 KEYWORDS = {0: ("input", "self"), 1: ("weight", "mat2", "other", "mat1", "batch1")}
 KEYWORDS_OF_THREE = {1: ("mat1", "batch1"), 2: ("mat2", "batch2")}
-OWN = {"nm_linear", "nm_quantized_linear", "quantized_linear"}
-"""Amber's own products: of a graph that is rewritten already."""
 GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
 OPAQUE = {
     *("einsum", "tensordot", "inner", "bilinear", "multi_dot", "linalg_multi_dot"),
@@ -66,7 +67,7 @@ OPAQUE = {
 
 def find_projections(gm: GraphModule) -> list[Projection]:
     """Return the projections of ``gm`` in execution order, child graphs included."""
-    return list(_walk(gm, weight_operands(gm.graph)))
+    return refuse_written(gm, joined(list(_walk(gm, weight_operands(gm.graph)))))
 
 
 def _walk(gm: GraphModule, weights: Weights) -> Iterator[Projection]:
@@ -85,7 +86,7 @@ def _walk(gm: GraphModule, weights: Weights) -> Iterator[Projection]:
 
 
 def _match(node: Node, weights: Weights) -> Iterator[Projection]:
-    if is_own(node):
+    if is_product(node):
         yield from _own(node, weights)
         return
     if operation(node) in OPAQUE:
@@ -138,16 +139,16 @@ def _why_unsupported(node: Node, weight: WeightOperand, spelling: Spelling) -> s
         return f"its weight has {dimensions} dimensions"
     if weight.picked:
         return "its weight is taken out of a stack of matrices, in whatever order"
-    if dimensions == 3 and "offs" not in node.kwargs:
+    if dimensions == 3 and offsets_of(node) is None:
         return "its weight is a stack of matrices, and only grouped_mm says which rows meet which"
     return None
 
 
-def is_own(node: Node) -> bool:
-    """Whether ``node`` is a product that Amber has put into the graph."""
-    target = node.target
-    is_amber = isinstance(target, torch._ops.OpOverload) and target.namespace == "amber"
-    return is_amber and operation(node) in OWN
+def offsets_of(node: Node) -> Node | None:
+    """Return where the rows of each matrix of a stack end, if ``node`` is a grouped product."""
+    given = dict(zip(("input", "weight", "offs"), node.args, strict=False)) | node.kwargs
+    offsets = given.get("offs") if operation(node) in GROUPED else None
+    return offsets if isinstance(offsets, Node) else None
 
 
 def _own(node: Node, weights: Weights) -> Iterator[Projection]:

@@ -30,6 +30,7 @@ from amber_compile.kernels.nm_linear import why_masked
 from amber_compile.passes.correct_outputs import UPDATED, weight_of
 from amber_compile.passes.find_projections import LINEARS
 from amber_compile.passes.quantize_projections import operands_of
+from amber_compile.passes.sharded_operands import why_not_fused
 from amber_compile.passes.weight_operand import operation
 from amber_compile.projection import Projection, fake, value_of
 from amber_compile.settings import Settings
@@ -47,6 +48,8 @@ def why_separate(projection: Projection, settings: Settings) -> str | None:
     operands = _operands(node)
     if operands is None:
         return f"{projection.operator} has no sparse kernel"
+    if reason := why_not_fused(projection, settings):
+        return reason
     x, y = fake(projection.x), fake(node)
     weight = fake(operands["weight"])
     if y.dtype != x.dtype or weight.dtype != x.dtype:
@@ -96,9 +99,12 @@ def _fuse(gm: GraphModule, node: Node, selected: Node) -> None:
         end = node
     else:
         operands, (end, alpha, beta) = _operands(node) or {}, _corrected(node)
+        weight, rows = operands["weight"], operands.get("rows")
+        if rows is not None:
+            weight = insert_call(gm.graph, end, operator.getitem, weight, rows)
         product = insert_call(
             *(gm.graph, end, torch.ops.amber.nm_linear.default),
-            *(x, operands["weight"], operands.get("bias"), factor, n, m, *rest[:3]),
+            *(x, weight, operands.get("bias"), factor, n, m, *rest[:3]),
             *((alpha, beta) if end is not node else ()),
         )
     end.replace_all_uses_with(product)
@@ -138,13 +144,20 @@ def _operand(node: Node, at: int) -> Node:
 
 
 def _operands(node: Node) -> dict[str, Any] | None:
-    """Return input, weight [N, K] and bias of a product, or None if it is spelt otherwise."""
+    """Return input, weight [N, K] and bias of a product, or None if it is spelt otherwise.
+
+    With ``rows``, the product has these rows of the weight only.
+    """
     if node.target in LINEARS:
         return dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
     found = operands_of(node)
     if found is None or node.target not in UPDATED:
         return None
-    transposed = weight_of(node)
+    transposed, rows = weight_of(node), None
+    if operation(transposed) == "getitem":  # columns of the transpose: half of a gate and up
+        index: Any = transposed.args[1]
+        transposed, rows = transposed.all_input_nodes[0], index[-1]
     if operation(transposed) not in ("permute", "t") or len(transposed.all_input_nodes) != 1:
         return None
-    return {"input": found.x, "weight": transposed.all_input_nodes[0], "bias": found.bias}
+    weight = transposed.all_input_nodes[0]
+    return {"input": found.x, "weight": weight, "rows": rows, "bias": found.bias}

@@ -34,9 +34,10 @@ from amber_compile.graph import erase_unread, insert_call, storage_of, written_s
 from amber_compile.passes.classify_phase import reshapes_of
 from amber_compile.passes.correct_outputs import correct_outputs
 from amber_compile.passes.derived_inputs import DerivedInputs
-from amber_compile.passes.find_projections import LINEARS
+from amber_compile.passes.find_projections import LINEARS, offsets_of
 from amber_compile.passes.fused_gate import halves_of, reshaped
 from amber_compile.passes.quantize_projections import takes_epilogue
+from amber_compile.passes.sharded_operands import gate_rows_of_whole, insert_selection
 from amber_compile.plan_tensors import PlanTensors
 from amber_compile.projection import Projection, fake
 from amber_compile.settings import CALIBRATED, Settings
@@ -85,7 +86,7 @@ def sparsify_projections(
             continue
         settings = decision.settings
         factor = _factor_input(projection, settings, done.inputs, tensors)
-        offsets = _offsets(projection) if factor is not None else None
+        offsets = offsets_of(projection.node) if factor is not None else None
         how = settings.pattern, settings.correction, settings.dense_prefix
         key = (projection.x, factor, how, rows, offsets)
         if key not in selections or storage_of(fake(projection.x)) in written:
@@ -114,7 +115,7 @@ def factor_of(
     if settings.score == CALIBRATED:
         shape = (*projection.shape[:-2], projection.channels)
         return Calibrated(projection.name, "factor", tensors or PlanTensors(), shape)
-    rows = projection.gate_rows if settings.part == "gate" else None
+    rows = gate_rows_of_whole(projection) if settings.part == "gate" else None
     return ScoreFactor(settings.score, Matrix(projection.transposed, 0, rows))
 
 
@@ -137,19 +138,8 @@ def _select(
     """Insert the selection before ``projection``, in the shape that shows its sequence."""
     graph, site, x = gm.graph, projection.node, projection.x
     origin = reshapes_of(x)[0] if settings.dense_prefix else x
-    selected = insert_call(
-        graph,
-        site,
-        torch.ops.amber.nm_select.default,
-        x if origin is x else insert_call(graph, site, "view_as", x, origin),
-        factor,
-        settings.pattern.n,
-        settings.pattern.m,
-        settings.correction,
-        settings.dense_prefix,
-        rows,
-        offsets,
-    )
+    shown = x if origin is x else insert_call(graph, site, "view_as", x, origin)
+    selected = insert_selection(graph, projection, shown, factor, settings, rows, offsets)
     return selected if origin is x else insert_call(graph, site, "view_as", selected, x)
 
 
@@ -191,9 +181,3 @@ def _part(gm: GraphModule, projection: Projection, rows: slice) -> Node:
     args = [cut(name, value) for name, value in zip(names, node.args, strict=False)]
     kwargs = {name: cut(name, value) for name, value in node.kwargs.items()}
     return insert_call(gm.graph, node, node.target, *args, **kwargs)
-
-
-def _offsets(projection: Projection) -> Node | None:
-    """Return where the rows of each expert end, for projections of grouped rows."""
-    offsets = projection.node.kwargs.get("offs") if len(projection.shape) == 3 else None
-    return offsets if isinstance(offsets, Node) else None

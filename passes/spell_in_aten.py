@@ -12,6 +12,7 @@ under the key of such graphs. Left alone: every other node.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,17 +23,26 @@ from amber_compile.graph import insert_call
 from amber_compile.projection import fake, value_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
+SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 
 
 def is_aten(gm: GraphModule) -> bool:
-    """Whether ``gm`` calls nothing but operators: it comes from AOTAutograd or an export."""
+    """Whether ``gm`` computes tensors by operators only: it comes from AOTAutograd or an export.
+
+    Items of a tuple are taken, and sizes computed (``torch.sym_max``), by Python's own functions.
+    """
     calls = [node for node in gm.graph.nodes if node.op.startswith("call_")]
     operators = [node for node in calls if isinstance(node.target, torch._ops.OpOverload)]
-    others = (torch._ops.HigherOrderOperator, torch._ops.OpOverload)
-    return bool(operators) and all(
-        isinstance(node.target, others) or getattr(node.target, "__module__", "") == "_operator"
-        for node in calls
-    )
+    return bool(operators) and all(map(_is_in_aten, calls))
+
+
+def _is_in_aten(node: Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
+        return True
+    source = node.args[0] if node.args else None
+    held = value_of(source) if isinstance(source, Node) else None
+    is_item = node.target is operator.getitem and isinstance(held, tuple | list)
+    return is_item or isinstance(value_of(node), SIZES)
 
 
 def spell_in_aten(gm: GraphModule) -> int:
@@ -46,8 +56,10 @@ def spell_in_aten(gm: GraphModule) -> int:
             new = spelling(gm.graph, node)
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
-            node, spelt = new, spelt + 1
-        node.meta["val"] = node.meta.pop("example_value")
+            spelt += 1
+    for node in gm.graph.nodes:  # those that a spelling has inserted among them
+        if "example_value" in node.meta:
+            node.meta["val"] = node.meta.pop("example_value")
     gm.recompile()
     return spelt
 
@@ -66,7 +78,7 @@ def _slice(graph: Graph, node: Node) -> Node:
     rows = index[-1] if isinstance(index, tuple) else index
     assert isinstance(rows, slice), "the passes cut rows only"
     dimension = -1 if isinstance(index, tuple) else 0
-    bounds = (rows.start or 0, fake(source).shape[dimension] if rows.stop is None else rows.stop)
+    bounds = (rows.start or 0, sys.maxsize if rows.stop is None else rows.stop)
     return insert_call(graph, node, aten.slice.Tensor, source, dimension, *bounds)
 
 

@@ -56,7 +56,7 @@ def as_vector(user: Node, operand: object) -> Vector | None:
     if held.shape != fake(user).shape[-1:]:
         return None
     node, offset = operand, 0.0
-    while node.op != "placeholder":
+    while node.op not in ("placeholder", "get_attr"):
         added = _constant_of(node)
         if operation(node) in CASTS and len(node.all_input_nodes) == 1:
             node = node.all_input_nodes[0]

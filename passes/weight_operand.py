@@ -21,6 +21,7 @@ aten = torch.ops.aten
 TRANSPOSES = {"t", "T", "mT", "transpose", "permute", "swapaxes", "adjoint"}
 QUANTISED = (torch.int8, torch.uint8)
 CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "_to_copy", "detach"}
+CASTS |= {"to_local"}  # of a DTensor: this process's part of it
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,9 +83,10 @@ ROLES = {
         "model.layers.0.self_attn.kv_b_proj",
     ],
     "head": ["lm_head", "embed_out", "score", "bert.pooler.dense", "cls.predictions.decoder"],
+    "adapter": ["model.layers.0.self_attn.q_proj.lora_A.default", "lm_head.lora_B.default"],
     "unknown": [
         *("", "0", "weight", "proj", "model.layers.0.mlp.my_q_proj_2", "model.layers.0.gate"),
-        *("q_projection", "model.layers.0.self_attn.q_proj.lora_A.default", "lm_heads", "q_proj.x"),
+        *("q_projection", "lora_A", "lm_heads", "q_proj.x"),
     ],
 }
 
@@ -141,6 +142,7 @@ def test_what_the_rule_sparsifies(name):
         ("mlp.up_proj", "rule: up_proj stays dense"),
         ("lm_head", "rule: heads stay dense"),
         ("mlp.gate", "rule: routers stay dense"),
+        ("mlp.down_proj.lora_A.default", "rule: adapters are small and stay dense"),
         ("qkv_proj", "rule: q is fused with k and v, which stay dense; list it in projections="),
         ("gate_up_proj", "rule: gate is fused with up, which stays dense, and the graph does not"),
         ("gate_proj_2", "rule: the name says no role; list it in projections= to sparsify it"),
