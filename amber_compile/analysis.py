@@ -178,7 +178,7 @@ class Analysis:
         if decision.quantization is None:
             return None
         if projection.weight not in self.held:
-            return "its weight is a constant of the graph, and its codes follow an input"
+            return "its weight is a constant of the graph or written to by it: no codes follow"
         tensors = self.tensors or PlanTensors()
         if decision.quantization.smooth and "smooth" not in tensors.names(projection.name):
             return "the plan holds no tensor smooth for it"
@@ -197,7 +197,7 @@ class Analysis:
         if factor is None and not settings.tensors:
             return None
         if projection.weight not in self.held:
-            return "its weight is a constant of the graph, and a factor follows an input"
+            return "its weight is a constant of the graph or written to by it: no factor follows"
         weight = self.held[projection.weight]
         if own and settings.permuted:
             matrix = Matrix(projection.transposed).of(weight)

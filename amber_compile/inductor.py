@@ -66,11 +66,12 @@ def _cache_tag() -> Iterator[None]:
 
 @functools.cache
 def source_hash() -> str:
-    """Return a hash of the sources of Amber's passes, kernels and compiler."""
+    """Return a hash of the sources of Amber's passes, kernels and compiler, and of its rules."""
     digest = hashlib.sha256()
-    for package in HASHED:
-        for source in sorted(resources.files(package).iterdir(), key=lambda entry: entry.name):
-            if source.name.endswith(".py"):
+    folders = [resources.files(package) for package in HASHED]
+    for folder in [*folders, resources.files("amber_compile") / "presets"]:
+        for source in sorted(folder.iterdir(), key=lambda entry: entry.name):
+            if source.name.endswith((".py", ".json")):
                 digest.update(source.name.encode())
                 digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

@@ -37,7 +37,7 @@ def linears_outside(
         if isinstance(module, nn.Linear):
             names.setdefault(module, []).append(module_site(name))
     return [
-        _row(known_as[0], linear, _why(linear, report, read, stopped))
+        outside_site(known_as[0], linear, _why(linear, report, read, stopped))
         for linear, known_as in names.items()
         if listed.isdisjoint(known_as)
     ]
@@ -54,7 +54,8 @@ def _why(linear: nn.Linear, report: Report, read: set[int], stopped: str | None)
     return NOT_CALLED
 
 
-def _row(name: str, linear: nn.Linear, reason: str) -> Site:
+def outside_site(name: str, linear: nn.Linear, reason: str) -> Site:
+    """Return the row of a linear that stays dense because no graph shows it."""
     shape = linear.out_features, linear.in_features
     macs = 0 if reason == NOT_CALLED else shape[0] * shape[1]  # what may run counts
     size = linear.weight.nbytes

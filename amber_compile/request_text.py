@@ -78,9 +78,9 @@ def _value(plain: Any) -> Any:
         return tuple(_value(one) for one in plain)
     if not isinstance(plain, dict):
         return plain
-    if "tensors" in plain:
+    if plain.keys() == {"tensors"}:
         return _tensors(plain["tensors"])
-    if "dtype" in plain and len(plain) == 1:
+    if plain.keys() == {"dtype"}:
         return getattr(torch, plain["dtype"])
     held = {name: _value(one) for name, one in plain.items() if name != "is"}
     return KINDS[plain["is"]](**held)

@@ -6,10 +6,10 @@
     y = aten.mm(x, permute(w))    ->    s = nm_select(x, derive(w, "..."), 2, 4)
                                         y = aten.mm(s, permute(w))
 
-The graph comes behind AOTAutograd: weights are inputs without a name or a value, activations are
-flattened. A projection is named by the module that its call lies in; what follows from a weight is
-looked up while the graph runs (``amber::derive``), so nothing of a weight is compiled in. Left
-alone: graphs for training, and everything that the backend leaves alone.
+The graph comes behind AOTAutograd: its inputs are anonymous (traced_inputs.py), and activations are
+flattened. What follows from a weight is looked up while the graph runs (``amber::derive``), so
+nothing of a weight is compiled in. Left alone: graphs for training, and everything that the backend
+leaves alone.
 
 Inductor keeps what a pass made in its caches, by the pass's ``uuid``. A graph that is found there
 is loaded without running the pass, so it leaves no report.
@@ -20,17 +20,19 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
-from torch._guards import TracingContext
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 from amber_compile.analysis import Analysis
 from amber_compile.config import AmberConfig
+from amber_compile.decision import Decision, blocked, unquantized
 from amber_compile.environment import installed_version
 from amber_compile.errors import OptionError, PlanError, RewriteError, choices
 from amber_compile.graph import copy_graph, positions
@@ -38,31 +40,35 @@ from amber_compile.inductor import source_hash
 from amber_compile.kernels.int8_kernel import int8_kernel
 from amber_compile.naming import PARAMETER
 from amber_compile.passes.derived_calls import DerivedCalls
-from amber_compile.passes.find_projections import SPELLINGS
-from amber_compile.passes.weight_operand import QUANTISED, TRANSPOSES, operation
+from amber_compile.passes.part_residuals import join_residuals, part_residuals
 from amber_compile.plan import Plan
 from amber_compile.programs.rewriting import checked, rewrite_analysed
 from amber_compile.projection import value_of
-from amber_compile.report import Report, record
+from amber_compile.report import GraphReport, Report, record
 from amber_compile.request_text import keep
-from amber_compile.trace import trace_report
+from amber_compile.supported import check_torch
+from amber_compile.trace import trace_graph, trace_report
+
+from .traced_inputs import mark_weights, traced_names
 
 HOOKS = ("post_grad_custom_pre_pass", "post_grad_custom_post_pass")
-OF_TRAINING = ("primals_", "tangents_")
-"""How AOTAutograd calls the inputs of graphs that a backward pass belongs to."""
+SAVED, GRADIENTS = "primals_", "tangents_"
+"""How AOTAutograd calls inputs of graphs for training: of the forward one, of the backward one."""
 
 
 class AmberPass(CustomGraphPass):
-    """Rewrites a graph behind AOTAutograd, in place.
+    """Rewrites a graph behind AOTAutograd, in place. Passes of equal options are equal.
 
     Args:
         config: the options; those of :class:`AmberConfig` by default.
 
     Raises:
         OptionError: for an option that only the backend has (``check``, ``decode`` ...).
+        VersionError: under a PyTorch that Amber does not know.
     """
 
     def __init__(self, config: AmberConfig | None = None) -> None:
+        check_torch()
         self.config = checked(config)
         if isinstance(self.config.plan, Plan):
             keep(self.config.plan.tensors)
@@ -71,26 +77,26 @@ class AmberPass(CustomGraphPass):
         """Rewrite ``graph``; one on which that fails stays as it is, with a warning.
 
         Raises:
+            OptionError: if no graph module owns it.
             PlanError: if the plan belongs to another model.
             RewriteError: under ``strict=True``, if a planned projection cannot be rewritten.
         """
         gm = graph.owning_module
         if not isinstance(gm, GraphModule):
             raise OptionError("graph belongs to no module; valid: a graph that Inductor compiles")
-        if any(str(node.target).startswith(OF_TRAINING) for node in positions(gm)):
-            self._leave("it is for training: call the model under torch.no_grad()")
-            return
-        _mark_weights(gm)
-        try:
-            self._rewrite(copy_graph(gm)[0])  # what fails does so on a copy
-        except (OptionError, PlanError, RewriteError):
-            raise
-        except Exception as cause:
-            self._leave(f"it cannot be rewritten ({type(cause).__name__}: {cause})")
-            return
+        if _has_inputs(gm, GRADIENTS):
+            return  # the graph that it is the backward of has told that it stays dense
+        if inductor_config.freezing and graph.find_nodes(op="get_attr"):
+            self._leave("freezing=True has made constants of its weights")
+        trace_graph("before", gm)
+        parted = part_residuals(graph)
+        mark_weights(gm)
         report = self._rewrite(gm)
-        record(report)
-        trace_report(report.graphs[0])
+        join_residuals(graph, parted)
+        if report.rewritten:
+            trace_graph("after", gm)
+        record(Report([report]))
+        trace_report(report)
 
     def uuid(self) -> str:
         """Return a hash of what the rewritten graph depends on, beside the graph itself.
@@ -100,18 +106,65 @@ class AmberPass(CustomGraphPass):
         """
         version = installed_version("amber-compile")
         parts = version, source_hash(), _options(self.config), _devices(self.config)
-        return hashlib.sha256(json.dumps([*parts, _module_names()]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([*parts, traced_names()]).encode()).hexdigest()
 
-    def _rewrite(self, gm: GraphModule) -> Report:
-        held = {node: value_of(node) for node in positions(gm) if PARAMETER in node.meta}
-        analysis = Analysis.of(gm, (), self.config, held)
-        _, graph = rewrite_analysed(analysis, DerivedCalls, in_place=True)
-        return Report([graph])
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AmberPass) or type(self) is not type(other):
+            return NotImplemented
+        return self.config == other.config
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.config))
+
+    def _rewrite(self, gm: GraphModule) -> GraphReport:
+        analysis = self._analysis(gm)
+        try:
+            decisions = analysis.decisions(analysis.names[0])
+        except PlanError as cause:
+            raise PlanError(
+                f"{cause}. An AmberPass knows no registered model: give it the whole model, or use "
+                "backend='amber'"
+            ) from cause
+        if any(decision.rewritten for decision in decisions):
+            try:
+                rewrite_analysed(self._analysis(copy_graph(gm)[0]), DerivedCalls, in_place=True)
+            except (OptionError, PlanError, RewriteError):
+                raise
+            except Exception as cause:  # on the copy: the graph itself is as it was
+                return self._left_dense(analysis, decisions, cause)
+        return rewrite_analysed(analysis, DerivedCalls, in_place=True)[1]
 
     def _leave(self, reason: str) -> None:
         if self.config.strict:
             raise RewriteError(f"strict=True, and a graph stays dense: {reason}")
         warnings.warn(f"amber: a graph stays dense: {reason}", stacklevel=3)
+
+    def _analysis(self, gm: GraphModule) -> Analysis:
+        held = {node: value_of(node) for node in positions(gm) if PARAMETER in node.meta}
+        kind = _Training if _has_inputs(gm, SAVED) else Analysis
+        return kind.of(gm, (), self.config, held)
+
+    def _left_dense(
+        self, analysis: Analysis, decisions: Sequence[Decision], cause: Exception
+    ) -> GraphReport:
+        """Return the report of a graph that could not be rewritten, with a warning."""
+        if self.config.strict:
+            raise RewriteError(f"the graph cannot be rewritten: {cause}") from cause
+        failure = f"{type(cause).__name__}: {cause}"
+        reason = f"the graph cannot be rewritten ({failure})"
+        warnings.warn(f"amber: a graph stays dense: {reason}", stacklevel=4)
+        report = GraphReport(analysis.phase, fallback=failure)
+        kept = tuple(_dense(decision, reason) for decision in decisions)
+        report.sites = analysis.sites(analysis.names[0], kept)
+        return report
+
+
+class _Training(Analysis):
+    """Of a graph that a backward pass belongs to."""
+
+    @cached_property
+    def needs_grad(self) -> bool:
+        return True
 
 
 def inductor_options(
@@ -140,14 +193,19 @@ def chain(*passes: Callable[[Graph], None]) -> CustomGraphPass:
     Raises:
         OptionError: without a pass, with what is none, or with two of Amber's.
     """
+    if not passes or not all(map(callable, passes)):
+        raise OptionError(f"passes={passes!r}; valid: one callable or more, each taking a graph")
+    if any(isinstance(one, _inference_aware()) for one in passes):
+        raise OptionError(
+            "a CustomInferenceAwareGraphPass takes more than a graph; valid: a list in place of a "
+            "chain, such as options={hook: [that pass, AmberPass()]}"
+        )
     own = [one for one in _flat(passes) if isinstance(one, AmberPass)]
     if len(own) > 1:
         raise OptionError(
             f"{len(own)} AmberPass for one hook; valid: one, for the second finds every graph "
             "rewritten already. Join their options in one AmberConfig or plan"
         )
-    if not passes or not all(map(callable, passes)):
-        raise OptionError(f"passes={passes!r}; valid: one callable or more, each taking a graph")
     return passes[0] if len(passes) == 1 and own else _Chain(*passes)  # type: ignore[return-value]
 
 
@@ -165,54 +223,32 @@ class _Chain(CustomGraphPass):
         found = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.passes]
         return None if None in found else tuple(found)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Chain) and self.passes == other.passes
 
-def _flat(passes: tuple[Any, ...]) -> Iterator[Any]:
+    def __hash__(self) -> int:
+        return hash(self.passes)
+
+
+def _flat(passes: Sequence[Any]) -> Iterator[Any]:
     for one in passes:
         yield from _flat(one.passes) if isinstance(one, _Chain) else (one,)
 
 
-# ---- weights -------------------------------------------------------------------------------------
+def _inference_aware() -> tuple[type, ...]:
+    """Return the kind of pass that is told whether a graph is for inference: not in 2.11."""
+    kind = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
+    return (kind,) if kind else ()
 
 
-def _mark_weights(gm: GraphModule) -> None:
-    """Mark the inputs of ``gm`` that are weights: they keep their storage from call to call.
-
-    AOTAutograd knows which do. Where nobody asked it, an input of fixed size counts that nothing
-    but products read, on the side of their weight.
-    """
-    static = _static_inputs()
-    for at, node in enumerate(positions(gm)):
-        value = value_of(node)
-        if isinstance(value, torch.Tensor) and _may_be_weight(value):
-            is_weight = at in static if static is not None else _only_multiplies(node)
-            if is_weight:
-                node.meta[PARAMETER] = ""
+def _has_inputs(gm: GraphModule, name: str) -> bool:
+    return any(str(node.target).startswith(name) for node in positions(gm))
 
 
-def _static_inputs() -> set[int] | None:
-    context = TracingContext.try_get()
-    metadata = context.fw_metadata if context else None
-    return set(metadata.static_input_indices) if metadata else None
-
-
-def _may_be_weight(value: torch.Tensor) -> bool:
-    if not all(isinstance(size, int) for size in value.shape):
-        return False
-    return value.is_floating_point() or (value.dtype in QUANTISED and value.dim() >= 2)
-
-
-def _only_multiplies(node: Node) -> bool:
-    users = [
-        (user, read)
-        for read in (node, *(one for one in node.users if operation(one) in TRANSPOSES))
-        for user in read.users
-        if operation(user) not in TRANSPOSES
-    ]
-    right = [
-        user.target in SPELLINGS and user.args[SPELLINGS[user.target].weight] is read
-        for user, read in users
-    ]
-    return bool(right) and all(right)
+def _dense(decision: Decision, reason: str) -> Decision:
+    if decision.sparse:
+        return blocked(reason)
+    return unquantized(decision, reason) if decision.quantization else decision
 
 
 # ---- what a rewritten graph depends on -----------------------------------------------------------
@@ -234,10 +270,3 @@ def _devices(config: AmberConfig) -> list[Any]:
         not isinstance(site.quantization, str | None) for site in config.plan.sites.values()
     )
     return [*found, int8_kernel()] if config.quantize or planned else found
-
-
-def _module_names() -> list[str]:
-    """Return how Dynamo reaches the modules of what is being compiled."""
-    context = TracingContext.try_get()
-    guards = context.guards_context.dynamo_guards if context else ()
-    return sorted({guard.name for guard in guards if guard.name.endswith("']")})

@@ -4,16 +4,17 @@
     y = aten.linear(x, p_w)              s = amber.nm_select(x, b_amber_weight_norm_0, 2, 4)
                                          y = aten.linear(s, p_w)
 
-The weights of such a program are part of it and are not written to, so what follows from them is
-made once, now. A weight that nothing reads any more, for its codes are read instead, is dropped
-from the state. Where a call may have one token (a dynamic dimension without ``min=2``), the phase
-is unknown: a call with one token is left dense at run time.
+The weights of such a program are part of it and stay what they are, so what follows from them is
+made once, now; nothing follows from one that the program itself writes to. A weight that nothing
+reads any more, for its codes are read instead, is dropped from the state. Where a call may have one
+token a sequence (a dynamic dimension without ``min=2``), the phase is unknown: such a call keeps
+all channels, told at run time by its number of tokens.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,9 +23,12 @@ from torch.export.graph_signature import (
     ExportGraphSignature,
     InputKind,
     InputSpec,
+    OutputKind,
+    OutputSpec,
     TensorArgument,
 )
 from torch.fx import GraphModule, Node
+from torch.utils._sympy.value_ranges import bound_sympy
 
 from amber_compile.analysis import Analysis
 from amber_compile.config import AmberConfig
@@ -32,35 +36,43 @@ from amber_compile.derived import derive
 from amber_compile.errors import OptionError
 from amber_compile.graph import copy_graph, positions
 from amber_compile.naming import PARAMETER
-from amber_compile.passes.classify_phase import classify_phase, reshapes_of
+from amber_compile.passes.classify_phase import Phase, classify_phase
 from amber_compile.passes.derived_inputs import DerivedInputs
 from amber_compile.passes.find_projections import find_projections
 from amber_compile.passes.weight_operand import QUANTISED
 from amber_compile.projection import fake
-from amber_compile.report import GraphReport
+from amber_compile.report import Report
 from amber_compile.rewritten import Rewritten
 
+from .one_token import dense_for_one_token, sequence_sizes
 from .rewriting import rewrite_analysed
 
 HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+WRITTEN = (OutputKind.PARAMETER_MUTATION, OutputKind.BUFFER_MUTATION)
 
 
 def rewrite_exported(
     program: ExportedProgram, config: AmberConfig
-) -> tuple[ExportedProgram, GraphReport]:
+) -> tuple[ExportedProgram, Report]:
     """Return a rewritten copy of ``program``, and its report.
 
     Raises:
         OptionError: if a weight lies on another device than the graph records.
     """
-    gm, _ = copy_graph(program.graph_module)
-    held = _weights(program, gm)
-    for node, (name, _) in held.items():
+    gm, nodes = copy_graph(program.graph_module)
+    for old, new in nodes.items():
+        new.name = old.name  # by which the signature knows it; a copy of "input" is "input_1"
+    weights = _weights(program, gm)
+    for node, (name, _) in weights.items():
         node.meta[PARAMETER] = name
-    tensors = {node: tensor for node, (_, tensor) in held.items()}
-    analysis = Analysis.of(gm, (), config, tensors, _phase(program, gm))
-    done, report = rewrite_analysed(analysis, DerivedInputs, in_place=True)
-    return _Exported(program, gm, tensors).finished(done), report
+    written = {one.target for one in program.graph_signature.output_specs if one.kind in WRITTEN}
+    tensors = {node: one for node, (name, one) in weights.items() if name not in written}
+    phase = _phase(program, gm)
+    if phase == "unknown":
+        config = dense_for_one_token(config, gm)
+    analysis = Analysis.of(gm, (), config, tensors, phase)
+    done, graph = rewrite_analysed(analysis, DerivedInputs, in_place=True)
+    return _Exported(program, gm, tensors).finished(done), Report([graph])
 
 
 def _weights(program: ExportedProgram, gm: GraphModule) -> Mapping[Node, tuple[str, torch.Tensor]]:
@@ -83,23 +95,13 @@ def _weights(program: ExportedProgram, gm: GraphModule) -> Mapping[Node, tuple[s
     return found
 
 
-def _phase(program: ExportedProgram, gm: GraphModule) -> Any:
+def _phase(program: ExportedProgram, gm: GraphModule) -> Phase:
     """Return the phase of the graph, unknown where a call may have one token."""
-    projections = find_projections(gm)
-    phase = classify_phase(projections)
-    if phase != "prefill":
+    phase, sizes = classify_phase(find_projections(gm)), sequence_sizes(gm)
+    if phase != "prefill" or sizes is None or isinstance(sizes[1], int):
         return phase
-    for projection in projections:
-        origin = fake(reshapes_of(projection.x)[0])
-        tokens = origin.shape[1] if origin.dim() == 3 else None
-        if isinstance(tokens, torch.SymInt):
-            symbols = program.range_constraints.items()
-            free = tokens.node.expr.free_symbols
-            least = [bounds.lower for symbol, bounds in symbols if symbol in free]
-            return "prefill" if least and min(least) >= 2 else "unknown"
-        if tokens is not None:
-            return phase
-    return phase
+    bounds: Any = bound_sympy(sizes[1].node.expr, program.range_constraints)
+    return "prefill" if bounds.lower >= 2 else "unknown"
 
 
 class _Exported:
@@ -112,6 +114,7 @@ class _Exported:
         self._gm = gm
         self._held = held
         self._state = dict(program.state_dict)
+        self._constants = dict(program.constants)
         self._specs = dict(zip(positions(gm), program.graph_signature.input_specs, strict=False))
 
     def finished(self, done: Rewritten | None) -> ExportedProgram:
@@ -126,25 +129,26 @@ class _Exported:
             graph=self._gm.graph,
             graph_signature=self._signature(),
             state_dict=self._state,
-            range_constraints=copy.deepcopy(program.range_constraints),
-            module_call_graph=copy.deepcopy(program.module_call_graph),
+            range_constraints=dict(program.range_constraints),
+            module_call_graph=list(program.module_call_graph),
             example_inputs=program.example_inputs,
-            constants=program.constants,
+            constants=self._constants,
             verifiers=program.verifiers,
         )
 
     def _add_buffers(self, done: Rewritten) -> None:
         """Make the further inputs buffers: behind the parameters and buffers, before the rest."""
-        weights = list(positions(self._gm))
-        further = weights[len(self._specs) :]
-        behind = [node for node, spec in self._specs.items() if spec.kind in HELD[:2]][-1]
+        inputs = list(positions(self._gm))
+        further = inputs[len(self._specs) :]
+        kinds = [spec.kind for spec in self._specs.values()]
+        start = max((at for at, kind in enumerate(kinds, 1) if kind in HELD[:2]), default=0)
         for node, one in zip(further, done.derived, strict=True):
             name = node.name
-            while name in self._state:
+            while name in self._state or name in self._constants:
                 name += "_"
-            self._state[name] = derive(self._held[weights[one.position]], one.request)
-            behind.append(node)
-            behind = node
+            self._state[name] = derive(self._held[inputs[one.position]], one.request)
+            if start < len(kinds):
+                inputs[start].prepend(node)
             argument = TensorArgument(name=node.name)
             self._specs[node] = InputSpec(InputKind.BUFFER, argument, name, persistent=True)
 
@@ -158,12 +162,18 @@ class _Exported:
             self._gm.graph.erase_node(node)
             if all(spec.target != name for spec in self._specs.values()):
                 self._state.pop(name, None)
+                self._constants.pop(name, None)
 
     def _signature(self) -> ExportGraphSignature:
         inputs = [self._specs[node] for node in positions(self._gm)]
-        outputs = copy.deepcopy(self._program.graph_signature.output_specs)
+        before = self._program.graph_signature.output_specs
         nodes: Any = self._gm.graph.output_node().args[0]
-        for spec, node in zip(outputs, nodes, strict=True):
-            if isinstance(spec.arg, TensorArgument):
-                spec.arg.name = node.name
-        return ExportGraphSignature(inputs, outputs)
+        named = zip(before, nodes, strict=True)
+        return ExportGraphSignature(inputs, [_renamed(spec, node) for spec, node in named])
+
+
+def _renamed(spec: OutputSpec, node: Any) -> OutputSpec:
+    """Return ``spec`` for what the output is now."""
+    if not isinstance(spec.arg, TensorArgument):
+        return spec
+    return replace(spec, arg=TensorArgument(name=node.name))

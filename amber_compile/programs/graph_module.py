@@ -15,8 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -31,71 +30,90 @@ from amber_compile.errors import OptionError
 from amber_compile.graph import copy_graph, positions
 from amber_compile.passes.derived_calls import DerivedCalls
 from amber_compile.projection import value_of
-from amber_compile.report import GraphReport
+from amber_compile.report import Report
+from amber_compile.shards import is_sharded
 
+from .modules import attribute, inline_linears, linears_inside, merge_attributes
+from .one_token import dense_for_one_token
 from .rewriting import rewrite_analysed
+
+RECORDED = ("val", "example_value", "tensor_meta")
+"""Keys of a node's ``meta`` under which tracing records its value."""
 
 
 def rewrite_module(
     gm: GraphModule, config: AmberConfig, example_inputs: Sequence[Any] | None
-) -> tuple[GraphModule, GraphReport]:
+) -> tuple[GraphModule, Report]:
     """Return a rewritten copy of ``gm``, and its report."""
     copy, _ = copy_graph(gm)
     of_dynamo = any("example_value" in node.meta for node in positions(copy))
+    if example_inputs is not None:
+        example_inputs = _with_defaults(copy, example_inputs)
     inline_linears(copy)
+    merge_attributes(copy)
     if not of_dynamo and not _records_values(copy):
         _record_values(copy, example_inputs)
+    if not of_dynamo:
+        config = dense_for_one_token(config, copy)
     held = _held(copy, example_inputs if of_dynamo else None)
     analysis = Analysis.of(copy, (), config, held, None if of_dynamo else "unknown")
-    done, report = rewrite_analysed(analysis, DerivedCalls, in_place=True)
+    done, graph = rewrite_analysed(analysis, DerivedCalls, in_place=True)
+    report = Report([graph], outside=linears_inside(copy))
     if done is None:
         return copy_graph(gm)[0], report
     copy.recompile()
     return copy, report
 
 
-def inline_linears(gm: GraphModule) -> int:
-    """Replace each call of an ``nn.Linear`` by ``linear`` of its parameters; return how many."""
-    inlined = 0
-    for node in list(gm.graph.find_nodes(op="call_module")):
-        module = gm.get_submodule(str(node.target))
-        if type(module) is not nn.Linear:
-            continue
-        with gm.graph.inserting_before(node):
-            names = ["weight"] + ["bias"] * (module.bias is not None)
-            held = [gm.graph.get_attr(f"{node.target}.{name}") for name in names]
-            operands = (*node.args, *node.kwargs.values(), *held)
-            new = gm.graph.call_function(nn.functional.linear, operands)
-        new.meta = dict(node.meta)
-        for one in held:
-            if value_of(node) is not None:
-                one.meta["val"] = getattr(module, str(one.target).rpartition(".")[2])
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
-        inlined += 1
-    gm.recompile()
-    return inlined
+# ---- values --------------------------------------------------------------------------------------
+
+
+def _with_defaults(gm: GraphModule, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Return ``inputs`` and the defaults of those that are left out.
+
+    Raises:
+        OptionError: if there are not as many as the program takes.
+    """
+    left_out = list(positions(gm))[len(inputs) :]
+    given = [*inputs, *(node.args[0] for node in left_out if node.args)]
+    if len(given) != len(positions(gm)):
+        raise OptionError(
+            f"example_inputs has {len(inputs)} values; valid: {len(positions(gm))}, one for each "
+            f"input of the program: {_names(gm)}"
+        )
+    return given
 
 
 def _held(gm: GraphModule, inputs: Sequence[Any] | None) -> Mapping[Node, Any]:
     """Return the tensors behind the attributes of ``gm``, and behind its inputs."""
-    own = {node: _attribute(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
+    own = {node: attribute(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
     given = list(inputs) if inputs is not None else [value_of(node) for node in positions(gm)]
-    if len(given) < len(positions(gm)):
+    held = own | dict(zip(positions(gm), given, strict=True))
+    spread = next((node.name for node, value in held.items() if is_sharded(value)), None)
+    if spread:
         raise OptionError(
-            f"example_inputs has {len(given)} values; valid: {len(positions(gm))}, one for each "
-            "input of the program"
+            f"program holds {spread} as a DTensor, which no operator looks up in a call; valid: "
+            "plain tensors (spread models: torch.compile(model, backend='amber'))"
         )
-    return own | dict(zip(positions(gm), given, strict=False))
-
-
-def _attribute(gm: GraphModule, node: Node) -> Any:
-    owner, _, name = str(node.target).rpartition(".")
-    return getattr(gm.get_submodule(owner), name)
+    return held
 
 
 def _records_values(gm: GraphModule) -> bool:
-    return all(value_of(node) is not None for node in gm.graph.nodes if node.op != "output")
+    """Whether ``gm`` records the values of its nodes, and all of one fake mode."""
+    values = [value_of(node) for node in gm.graph.nodes if _has_value(gm, node)]
+    modes = {id(one.fake_mode) for one in values if isinstance(one, FakeTensor)}
+    return len(modes) <= 1 and all(one is not None for one in values)
+
+
+def _has_value(gm: GraphModule, node: Node) -> bool:
+    """Whether ``node`` is a value of the program: not its output, nor the body of an operator."""
+    if node.op == "get_attr":
+        return not isinstance(attribute(gm, node), GraphModule)
+    return node.op != "output"
+
+
+def _names(gm: GraphModule) -> str:
+    return ", ".join(node.name for node in positions(gm))
 
 
 def _record_values(gm: GraphModule, inputs: Sequence[Any] | None) -> None:
@@ -104,12 +122,14 @@ def _record_values(gm: GraphModule, inputs: Sequence[Any] | None) -> None:
     Raises:
         OptionError: without ``inputs``, or if they do not fit.
     """
-    names = [node.name for node in positions(gm)]
     if inputs is None:
         raise OptionError(
-            "example_inputs=None, and the program records no shapes; valid: values for "
-            f"{', '.join(names)}, such as torch.fx.symbolic_trace's result is called with"
+            "example_inputs=None, and the program does not record its shapes; valid: values for "
+            f"{_names(gm)}, such as torch.fx.symbolic_trace's result is called with"
         )
+    for node in gm.graph.nodes:  # one that was recorded is of another fake mode
+        for key in RECORDED:
+            node.meta.pop(key, None)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     fakes = [_fake_input(mode, value) for value in inputs]
     try:
@@ -117,7 +137,7 @@ def _record_values(gm: GraphModule, inputs: Sequence[Any] | None) -> None:
             FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*fakes)
     except Exception as cause:
         raise OptionError(
-            f"example_inputs do not fit the program, whose inputs are {', '.join(names)}: {cause}"
+            f"example_inputs do not fit the program, whose inputs are {_names(gm)}: {cause}"
         ) from cause
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +25,7 @@ from amber_compile.analysis import Analysis
 from amber_compile.config import AmberConfig
 from amber_compile.errors import OptionError
 from amber_compile.passes.derived_inputs import DerivedInputs
-from amber_compile.report import GraphReport, Report, record
+from amber_compile.report import GraphReport, Report, Site, record
 from amber_compile.rewritten import Rewritten, rewrite_graph
 from amber_compile.stages import Stages
 from amber_compile.supported import check_torch
@@ -63,18 +63,18 @@ def rewrite(
 
     config = checked(config)
     rewritten: Any  # of the kind that was given
+    report: Report
     if isinstance(program, torch.export.ExportedProgram):
-        rewritten, graph = rewrite_exported(program, config)
+        rewritten, report = rewrite_exported(program, config)
     elif isinstance(program, GraphModule):
-        rewritten, graph = rewrite_module(program, config, example_inputs)
+        rewritten, report = rewrite_module(program, config, example_inputs)
     else:
         raise OptionError(
             f"program is a {type(program).__name__}; valid: torch.fx.GraphModule, "
             "torch.export.ExportedProgram (an nn.Module: torch.compile(model, backend='amber'))"
         )
-    report = Report([graph])
     record(report)
-    trace_report(graph)
+    trace_report(report.graphs[0])
     return rewritten, report
 
 
@@ -108,12 +108,20 @@ def rewrite_analysed(
     decisions = analysis.decisions(names)
     tell_obstacles(analysis, {names: decisions})
     report = GraphReport(analysis.phase)
+    report.sites = analysis.sites(names, decisions)  # before a pass erases what they were
     stages = Stages(analysis, names, report)
     done = None
     if any(decision.rewritten for decision in decisions):
         done = rewrite_graph(analysis, decisions, stages, inputs=inputs, in_place=in_place)
         report.rewritten = done.changed
-    report.sites = analysis.sites(names, decisions, done.smoothing if done else None)
+        report.sites = _smoothed(report.sites, analysis, done)
     report.plan = analysis.config.plan  # type: ignore[assignment]  # a Plan, once it is parsed
     report.seconds = time.perf_counter() - started
     return done, report
+
+
+def _smoothed(sites: Sequence[Site], analysis: Analysis, done: Rewritten) -> list[Site]:
+    """Return ``sites`` with where their smooth vectors are applied."""
+    named = zip(analysis.names[0], analysis.projections, strict=True)
+    places = {name: done.smoothing.get(one.name, "") for name, one in named}
+    return [replace(site, smoothing=places[site.name]) for site in sites]

@@ -226,14 +226,14 @@ def test_an_adapter_stays_dense_and_what_it_adapts_is_what_it_was() -> None:
     )
     torch.compile(module, backend="amber_eager")(X)
     sites = {site.name: str(site.decision) for site in Report.merge(last_reports()).sites}
-    no_role = "dense: rule: the name says no role; list it in projections= to sparsify it"
+    small = "dense: rule: adapters are small and stay dense"
     assert sites == {
         "q_proj": "2:4, weight_norm, norm correction",
-        "q_proj.lora_A.default": no_role,
-        "q_proj.lora_B.default": no_role,
+        "q_proj.lora_A.default": small,
+        "q_proj.lora_B.default": small,
         "k_proj": "dense: rule: k_proj stays dense",
-        "k_proj.lora_A.default": no_role,
-        "k_proj.lora_B.default": no_role,
+        "k_proj.lora_A.default": small,
+        "k_proj.lora_B.default": small,
     }
 
 
