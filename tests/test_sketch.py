@@ -11,7 +11,8 @@ from deep import deep_sketch
 from torch import nn
 from torch.nn.functional import silu
 
-from amber_compile import last_reports, register_model, rewrite
+from amber_compile import last_reports, register_model
+from amber_compile import rewritten as rewriting
 from amber_compile.errors import OptionError
 from amber_compile.passes.fuse_projections import fuse_projections
 from amber_compile.report import GraphReport
@@ -117,7 +118,7 @@ def test_only_what_the_pass_changed_differs():
 
 def test_a_fused_projection_keeps_its_name(monkeypatch):
     fuse = partial(fuse_projections, why_separate=lambda *_: None)
-    monkeypatch.setattr(rewrite, "fuse_projections", fuse)
+    monkeypatch.setattr(rewriting, "fuse_projections", fuse)
     (graph,) = compiled(Model())
     *_, fused = graph.stages
     assert fused.name == "fuse_projections"

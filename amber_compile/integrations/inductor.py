@@ -39,7 +39,7 @@ from amber_compile.graph import copy_graph, positions
 from amber_compile.inductor import source_hash
 from amber_compile.kernels.int8_kernel import int8_kernel
 from amber_compile.naming import PARAMETER
-from amber_compile.passes.derived_calls import DerivedCalls
+from amber_compile.passes.derived_calls import SharedCalls
 from amber_compile.passes.part_residuals import join_residuals, part_residuals
 from amber_compile.plan import Plan
 from amber_compile.programs.rewriting import checked, rewrite_analysed
@@ -49,6 +49,7 @@ from amber_compile.request_text import keep
 from amber_compile.supported import check_torch
 from amber_compile.trace import trace_graph, trace_report
 
+from .shared_tensors import share_with_inductor
 from .traced_inputs import mark_weights, traced_names
 
 HOOKS = ("post_grad_custom_pre_pass", "post_grad_custom_post_pass")
@@ -89,6 +90,7 @@ class AmberPass(CustomGraphPass):
         if inductor_config.freezing and graph.find_nodes(op="get_attr"):
             self._leave("freezing=True has made constants of its weights")
         trace_graph("before", gm)
+        share_with_inductor()
         parted = part_residuals(graph)
         mark_weights(gm)
         report = self._rewrite(gm)
@@ -127,12 +129,12 @@ class AmberPass(CustomGraphPass):
             ) from cause
         if any(decision.rewritten for decision in decisions):
             try:
-                rewrite_analysed(self._analysis(copy_graph(gm)[0]), DerivedCalls, in_place=True)
+                rewrite_analysed(self._analysis(copy_graph(gm)[0]), SharedCalls, in_place=True)
             except (OptionError, PlanError, RewriteError):
                 raise
             except Exception as cause:  # on the copy: the graph itself is as it was
                 return self._left_dense(analysis, decisions, cause)
-        return rewrite_analysed(analysis, DerivedCalls, in_place=True)[1]
+        return rewrite_analysed(analysis, SharedCalls, in_place=True)[1]
 
     def _leave(self, reason: str) -> None:
         if self.config.strict:
