@@ -15,14 +15,17 @@ import torch
 
 import amber_compile.derive_operator  # noqa: F401  # registers torch.ops.amber.derive
 
+_own: list[Any] = []
+"""How Inductor lowers the operator, once it is registered."""
+
 
 def share_with_inductor() -> None:
-    """Register how Inductor lowers the operator."""
+    """Register how Inductor lowers the operator; it may have made a way of its own before."""
     from torch._inductor import lowering
     from torch._inductor.virtualized import V
 
     operator = torch.ops.amber.derive.default
-    if operator in lowering.lowerings:
+    if operator in lowering.lowerings and lowering.lowerings[operator] in _own:
         return
     handler: Any = lowering.fallback_handler
     call = handler(operator, add_to_fallback_set=False)
@@ -34,3 +37,4 @@ def share_with_inductor() -> None:
         return made
 
     lowering.register_lowering(operator, type_promotion_kind=None)(derive)
+    _own[:] = [lowering.lowerings[operator]]

@@ -57,7 +57,17 @@ def test_what_is_looked_up_stays_as_it_is(uncached: None) -> None:
 
 
 @torch.no_grad()
-def test_it_is_lent_and_its_memory_is_never_given_away(uncached: None) -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_it_is_lent_and_its_memory_is_never_given_away(
+    uncached: None, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Also where Inductor has met the operator before, in a graph that copies."""
+    from torch._inductor import lowering
+
+    operator = torch.ops.amber.derive.default
+    monkeypatch.delitem(lowering.lowerings, operator, raising=False)
+    if known:
+        monkeypatch.setitem(lowering.lowerings, operator, lowering.fallback_handler(operator))
     lent: list[object] = []
     protected: list[int] = []
 
