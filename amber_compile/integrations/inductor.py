@@ -35,7 +35,7 @@ from amber_compile.config import AmberConfig
 from amber_compile.decision import Decision, blocked, unquantized
 from amber_compile.environment import installed_version
 from amber_compile.errors import OptionError, PlanError, RewriteError, choices
-from amber_compile.graph import copy_graph, positions
+from amber_compile.graph import positions
 from amber_compile.inductor import source_hash
 from amber_compile.kernels.int8_kernel import int8_kernel
 from amber_compile.naming import PARAMETER
@@ -46,6 +46,7 @@ from amber_compile.programs.rewriting import checked, rewrite_analysed
 from amber_compile.projection import value_of
 from amber_compile.report import GraphReport, Report, record
 from amber_compile.request_text import keep
+from amber_compile.rewritten import rewrite_graph
 from amber_compile.supported import check_torch
 from amber_compile.trace import trace_graph, trace_report
 
@@ -129,12 +130,12 @@ class AmberPass(CustomGraphPass):
             ) from cause
         if any(decision.rewritten for decision in decisions):
             try:
-                rewrite_analysed(self._analysis(copy_graph(gm)[0]), SharedCalls, in_place=True)
+                rewrite_graph(analysis, decisions, inputs=SharedCalls)
             except (OptionError, PlanError, RewriteError):
                 raise
-            except Exception as cause:  # on the copy: the graph itself is as it was
+            except Exception as cause:  # on a copy: the graph itself is as it was
                 return self._left_dense(analysis, decisions, cause)
-        return rewrite_analysed(analysis, SharedCalls, in_place=True)[1]
+        return rewrite_analysed(analysis, SharedCalls)[1]
 
     def _leave(self, reason: str) -> None:
         if self.config.strict:

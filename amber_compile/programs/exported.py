@@ -71,7 +71,7 @@ def rewrite_exported(
     if phase == "unknown":
         config = dense_for_one_token(config, gm)
     analysis = Analysis.of(gm, (), config, tensors, phase)
-    done, graph = rewrite_analysed(analysis, DerivedInputs, in_place=True)
+    done, graph = rewrite_analysed(analysis, DerivedInputs)
     return _Exported(program, gm, tensors).finished(done), Report([graph])
 
 

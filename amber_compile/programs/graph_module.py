@@ -57,7 +57,7 @@ def rewrite_module(
         config = dense_for_one_token(config, copy)
     held = _held(copy, example_inputs if of_dynamo else None)
     analysis = Analysis.of(copy, (), config, held, None if of_dynamo else "unknown")
-    done, graph = rewrite_analysed(analysis, DerivedCalls, in_place=True)
+    done, graph = rewrite_analysed(analysis, DerivedCalls)
     report = Report([graph], outside=linears_inside(copy))
     if done is None:
         return copy_graph(gm)[0], report

@@ -100,9 +100,9 @@ def checked(config: AmberConfig | None) -> AmberConfig:
 
 
 def rewrite_analysed(
-    analysis: Analysis, inputs: type[DerivedInputs], *, in_place: bool = False
+    analysis: Analysis, inputs: type[DerivedInputs]
 ) -> tuple[Rewritten | None, GraphReport]:
-    """Rewrite a copy of the graph, or itself; None if nothing is to be rewritten."""
+    """Rewrite the analysed graph itself; None if nothing is to be rewritten."""
     started = time.perf_counter()
     names = analysis.names[0]
     decisions = analysis.decisions(names)
@@ -112,7 +112,7 @@ def rewrite_analysed(
     stages = Stages(analysis, names, report)
     done = None
     if any(decision.rewritten for decision in decisions):
-        done = rewrite_graph(analysis, decisions, stages, inputs=inputs, in_place=in_place)
+        done = rewrite_graph(analysis, decisions, stages, inputs=inputs, in_place=True)
         report.rewritten = done.changed
         report.sites = _smoothed(report.sites, analysis, done)
     report.plan = analysis.config.plan  # type: ignore[assignment]  # a Plan, once it is parsed
